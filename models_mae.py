@@ -1,0 +1,218 @@
+"""The masked autoencoder, the ViT it becomes, and their weights.
+
+MAE (He et al., arXiv 2111.06377) with the official parameter names, so that official checkpoints load both ways. Shapes:
+B images, L patches, K kept, D width, P = p * p * 3 pixel values of a patch. Needs torch and timm.
+"""
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# --- counting
+def num_kept(num_patches, mask_ratio):
+    """Visible tokens: int(L * (1 - m)), safe against float error: 100 patches at 0.9 keep 10."""
+    return int(round(num_patches * (1 - mask_ratio), 6))
+
+
+def flops_per_image(resolution, mask_ratio, patch_size=16, embed_dim=768, depth=12, decoder_embed_dim=512,
+                    decoder_depth=8, mlp_ratio=4.0, **_):
+    """Floating-point operations to train on one image: matrix products and attention, backward counted as twice forward.
+
+    Takes a model's `settings` as keywords; the defaults are ViT-B/16.
+    """
+    patches = (resolution // patch_size) ** 2
+    kept, pixels = num_kept(patches, mask_ratio), 3 * patch_size ** 2
+
+    def blocks(tokens, width, depth):
+        return depth * ((4 + 2 * mlp_ratio) * tokens * width ** 2 + 2 * tokens ** 2 * width)
+    encoder = kept * pixels * embed_dim + blocks(kept + 1, embed_dim, depth)
+    decoder = ((kept + 1) * embed_dim * decoder_embed_dim + blocks(patches + 1, decoder_embed_dim, decoder_depth)
+               + (patches + 1) * decoder_embed_dim * pixels)
+    return 2 * 3 * (encoder + decoder)
+
+
+# --- pixels and positions
+def patchify(imgs, patch_size):
+    """(B, 3, H, W) -> (B, L, P), each patch's pixels ordered (row, column, channel)."""
+    B, C, H, W = imgs.shape
+    p = patch_size
+    x = imgs.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(x, patch_size):
+    """(B, L, P) -> (B, 3, H, W) of a square picture."""
+    B, L, P = x.shape
+    g, p = int(L ** 0.5), patch_size
+    return x.reshape(B, g, g, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, g * p, g * p)
+
+
+def sincos_table(dim, grid):
+    """(1, 1 + grid * grid, dim) fixed position table: zeros for the class token, then column half, row half."""
+    omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
+    column = axis[None].expand(grid, grid, -1)
+    row = axis[:, None].expand(grid, grid, -1)
+    table = torch.cat([column, row], dim=2).reshape(grid * grid, dim)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
+
+
+def resample_table(table, grid):
+    """Position table (1, 1 + n * n, D) for a grid x grid picture: bicubic, antialiased; unchanged at its own grid."""
+    n, D = int((table.shape[1] - 1) ** 0.5), table.shape[2]
+    if n == grid:
+        return table
+    patches = table[:, 1:].float().reshape(1, n, n, D).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1).to(table.dtype)
+
+
+def init_linear(m):
+    """MAE's initialisation: xavier uniform linears without bias, LayerNorm 1 and 0."""
+    if isinstance(m, nn.Linear):
+        nn.init.xavier_uniform_(m.weight)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+    elif isinstance(m, nn.LayerNorm):
+        nn.init.ones_(m.weight)
+        nn.init.zeros_(m.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Holds the patch projection under its official name and shape; applied as a matrix product to patches."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+
+    def forward(self, patches):
+        """(B, K, P) -> (B, K, D)"""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), pixels in patchify's order
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """MAE: a ViT over the visible patches and a light decoder that predicts the pixels of the removed ones."""
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512,
+                 decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0, norm_pix_loss=True):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        # Shapes do not tell the head counts: they travel with the weights and are compared on loading.
+        self.settings = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+                             num_heads=num_heads, decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth,
+                             decoder_num_heads=decoder_num_heads, mlp_ratio=mlp_ratio, norm_pix_loss=norm_pix_loss)
+        self.patch_size, self.norm_pix_loss, grid = patch_size, norm_pix_loss, img_size // patch_size
+
+        norm = partial(nn.LayerNorm, eps=1e-6)
+
+        def stack(width, heads, depth):
+            return nn.ModuleList([Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_table(embed_dim, grid), requires_grad=False)
+        self.blocks = stack(embed_dim, num_heads, depth)
+        self.norm = norm(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_table(decoder_embed_dim, grid), requires_grad=False)
+        self.decoder_blocks = stack(decoder_embed_dim, decoder_num_heads, decoder_depth)
+        self.decoder_norm = norm(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * 3)
+
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.apply(init_linear)
+        projection = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def normalize(self, imgs):
+        """uint8 (B, 3, H, W) -> float, ImageNet mean and standard deviation; float input is taken as normalised."""
+        return imgs if imgs.is_floating_point() else (imgs.float() / 255 - self.mean) / self.std
+
+    def patches(self, imgs):
+        """(B, 3, H, W), uint8 or normalised -> (B, L, P) float patches."""
+        H, W = imgs.shape[-2:]
+        if H != W or H % self.patch_size:
+            raise ValueError(f"pictures of {H}x{W}: expected a square of whole {self.patch_size}-pixel patches")
+        return patchify(self.normalize(imgs), self.patch_size)
+
+    def forward_encoder(self, patches, mask_ratio, noise=None):
+        """(B, L, P) -> latent (B, 1 + K, D), mask (B, L; 1 = removed), ids_restore (B, L)."""
+        B, L, P = patches.shape
+        K = num_kept(L, mask_ratio)
+        if noise is None:
+            noise = torch.rand(B, L, device=patches.device)
+        shuffle = noise.argsort(dim=1)
+        restore = shuffle.argsort(dim=1)
+        keep = shuffle[:, :K, None]
+        mask = (restore >= K).to(patches.dtype)
+        pos = resample_table(self.pos_embed, int(L ** 0.5))
+        x = self.patch_embed(patches.gather(1, keep.expand(-1, -1, P)))  # (B, K, D): only what is kept is embedded
+        x = x + pos[:, 1:].expand(B, -1, -1).gather(1, keep.expand(-1, -1, x.shape[2]))
+        x = torch.cat([(self.cls_token + pos[:, :1]).expand(B, -1, -1).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, restore
+
+    def forward_decoder(self, latent, ids_restore):
+        """latent (B, 1 + K, D) -> predicted patches (B, L, P)"""
+        x = self.decoder_embed(latent)
+        B, L, width = *ids_restore.shape, x.shape[2]
+        tokens = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(B, L + 1 - x.shape[1], -1)], dim=1)
+        tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, width))
+        x = torch.cat([x[:, :1], tokens], dim=1) + resample_table(self.decoder_pos_embed, int(L ** 0.5))
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward_loss(self, patches, pred, mask):
+        """Mean square error over the removed patches, in float32 whatever pred is; targets normalised per patch."""
+        target = patches
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
+            target = (target - mean) / (var + 1e-6) ** 0.5
+        loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (B, L)
+        return (loss * mask).sum() / mask.sum()
+
+    def forward(self, imgs, mask_ratio=0.75, noise=None):
+        """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, P), mask (B, L; 1 = removed).
+
+        noise (B, L) fixes the mask: the patches with the smallest values stay.
+        """
+        patches = self.patches(imgs)
+        latent, mask, restore = self.forward_encoder(patches, mask_ratio, noise)
+        pred = self.forward_decoder(latent, restore)
+        return self.forward_loss(patches, pred, mask), pred, mask
+
+    @torch.no_grad()
+    def features(self, imgs):
+        """Mean of the final patch tokens of the whole picture, (B, D)."""
+        patches = self.patches(imgs)
+        in_order = torch.arange(patches.shape[1], device=imgs.device).expand(patches.shape[:2])
+        return self.forward_encoder(patches, 0.0, in_order)[0][:, 1:].mean(dim=1)
+
+
+# --- sizes: MAE's B, L, H; S and Ti are not in MAE, their decoders are in proportion; nano is for CPUs: demo and tests
+mae_vit_nano_patch8 = partial(MaskedAutoencoderViT, patch_size=8, embed_dim=128, depth=6, num_heads=4,
+                              decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=4)
+mae_vit_tiny_patch16 = partial(MaskedAutoencoderViT, embed_dim=192, num_heads=3, decoder_embed_dim=128, decoder_depth=4,
+                               decoder_num_heads=4)
+mae_vit_small_patch16 = partial(MaskedAutoencoderViT, embed_dim=384, num_heads=6, decoder_embed_dim=256,
+                                decoder_num_heads=8)
+mae_vit_base_patch16 = partial(MaskedAutoencoderViT)
+mae_vit_large_patch16 = partial(MaskedAutoencoderViT, embed_dim=1024, depth=24, num_heads=16)
+mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
+SIZES = ("mae_vit_nano_patch8", "mae_vit_tiny_patch16", "mae_vit_small_patch16", "mae_vit_base_patch16", "mae_vit_large_patch16",
+         "mae_vit_huge_patch14")

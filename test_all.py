@@ -1,0 +1,854 @@
+"""Shows that all of it holds: `pytest test_all.py`, some minutes on two cores, no GPU and no download.
+
+Tests draw their own pictures; with DAILYMAE_PHOTOS naming a folder of class folders they use real photos as well.
+Everything is compared with something independent: Pillow, stock ffcv, torch in float64, the paper's tables.
+"""
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+
+import essl_loader
+import models_mae
+import pretrain
+import schedules
+from essl_loader import BetonReader, DataError, ESSLLoader, FolderLoader, center_box, random_box, uniform
+
+HERE = Path(__file__).resolve().parent
+PHOTOS = os.environ.get("DAILYMAE_PHOTOS")
+
+
+# --- pictures and files to test on
+def draw(rng, width, height):
+    """A smooth picture with an edge in it: what a photo is to a JPEG codec."""
+    coarse = rng.integers(0, 256, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    picture.paste(tuple(rng.integers(60, 200, 3).tolist()), (width // 3, height // 4, width // 2 + 1, height // 2 + 1))
+    return picture.filter(ImageFilter.GaussianBlur(1.5))
+
+
+def encode(picture, subsampling=2, restart=True, quality=95):
+    """JPEG bytes from Pillow, with a restart interval that divides the row as build_beton.py's do."""
+    out, across = io.BytesIO(), -(-picture.width // (16 if subsampling else 8))
+    k = min((d for d in range(1, across + 1) if across % d == 0), key=lambda d: min(abs(d - 3), abs(d - 4)))
+    picture.save(out, "JPEG", quality=quality, subsampling=subsampling, optimize=True,
+                 **({"restart_marker_blocks": k} if restart else {}))
+    return out.getvalue()
+
+
+def pixels(jpeg):
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+
+def write_beton(path, items):
+    """A .beton of (mode, width, height, bytes), written from the format notes alone; sample i has label i."""
+    page, n = 8 << 20, len(items)
+    header, fields = np.zeros(1, essl_loader.HEADER), np.zeros(2, essl_loader.FIELD)
+    samples, alloc = np.zeros(n, essl_loader.SAMPLE), np.zeros(n, essl_loader.ALLOC)
+    fields["type_id"], fields["name"] = [2, 1], [b"image", b"label"]
+    at, data = page, bytearray()
+    for i, (mode, width, height, blob) in enumerate(items):
+        if at // page != (at + len(blob) - 1) // page:
+            data += bytes(page - at % page)
+            at += page - at % page
+        samples[i], alloc[i] = (mode, width, height, at, i), (i, at, len(blob))
+        data += blob
+        at += len(blob)
+    end = -(-at // page) * page
+    header[0] = (2, 2, page, n, end)
+    with open(path, "wb") as f:
+        f.write(header.tobytes() + fields.tobytes() + samples.tobytes())
+        f.seek(page)
+        f.write(data)
+        f.seek(end)
+        f.write(alloc.tobytes())
+    return path
+
+
+@pytest.fixture(scope="session")
+def beton(tmp_path_factory):
+    """40 pictures of many sizes: 4:2:0, 4:4:4 and gray, with and without restart markers, two raw."""
+    rng, items = np.random.default_rng(1), []
+    for i in range(40):
+        picture = draw(rng, int(rng.integers(50, 400)), int(rng.integers(50, 400)))
+        jpeg = encode(picture.convert("L") if i % 10 == 9 else picture, 0 if i % 4 == 3 else 2, i % 3 > 0)
+        items.append((0, *picture.size, jpeg) if i % 20 != 5 else (1, *picture.size, np.asarray(picture).tobytes()))
+    path = write_beton(tmp_path_factory.mktemp("beton") / "mixed.beton", items)
+    return path, items
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Class folders of 2 x 32 drawn pictures for training and 2 x 8 to hold out, as folders and as .beton files."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(2)
+    for part, count in (("train", 32), ("val", 8)):
+        for c, name in enumerate(("dark", "light")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                picture = draw(rng, int(rng.integers(40, 90)), int(rng.integers(40, 90)))
+                picture.point(lambda v: v // 2 + 127 * c).save(root / part / name / f"{i}.png")
+        done = script("build_beton.py", "--data-dir", root / part, "--out", root / f"{part}.beton")
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def script(name, *words, env=(), **kwargs):
+    """Runs a script as a user would, one thread a process; its errors are never a traceback."""
+    done = subprocess.run([sys.executable, HERE / name, *map(str, words)], capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)}, **kwargs)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def refused(done, *words):
+    """A refusal: exit code 1 or 2 and one paragraph that has the words in it."""
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    for word in words:
+        assert str(word) in done.stderr, done.stderr
+
+
+# --- build_beton
+def build(folder, out, *words, code=0):
+    """build_beton.py from a folder into a file, with the exit code that is expected."""
+    done = script("build_beton.py", "--data-dir", folder, "--out", out, *words)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def texture(w, h, seed=0):
+    """(h, w, 3) smooth colours with some detail, the like of a photo."""
+    rng, y, x = np.random.default_rng(seed), np.arange(h)[:, None], np.arange(w)
+    waves = [128 + 60 * np.sin(x / a + y / b) + 30 * np.sin(x / 3 + y * c) for a, b, c in rng.uniform(0.3, 40, (3, 3))]
+    return np.stack(waves, -1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def every_mode(tmp_path_factory):
+    """Two classes of pictures in every mode, of odd sizes, one of them in a folder of its own."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name in "b/deep", "a":
+        (root / name).mkdir(parents=True)
+    picture = Image.fromarray(texture(301, 203))
+    picture.save(root / "a/1.png")
+    picture.convert("L").save(root / "a/2.jpg", quality=95)
+    picture.convert("CMYK").save(root / "a/3.JPEG", quality=95)
+    picture.quantize(64).save(root / "a/4.png", transparency=0)
+    picture.convert("RGBA").save(root / "a/5.webp", lossless=True)
+    Image.fromarray(texture(301, 203)[..., 0].astype(np.uint16) * 257).save(root / "a/6.png")
+    Image.fromarray(texture(1, 1)).save(root / "b/7.bmp")
+    Image.fromarray(texture(17, 900)).save(root / "b/8.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(root / "b/deep/9.png", exif=exif)
+    (root / "b/notes.txt").write_text("not a picture, and not named like one")
+    os.symlink(root, root / "b/deep/loop")
+    return root
+
+
+def scan(jpeg):
+    """{marker: payload} of a JPEG's header segments, read from the specification's layout (T.81, annex B)."""
+    at, segments = 2, {}
+    while jpeg[at + 1] != 0xDA:
+        size = int.from_bytes(jpeg[at + 2:at + 4], "big")
+        segments.setdefault(jpeg[at + 1], b"")
+        segments[jpeg[at + 1]] += jpeg[at + 4:at + 2 + size]
+        at += 2 + size
+    return segments
+
+
+def test_build_reads_every_mode_as_pillow(every_mode, tmp_path):
+    """Labels follow ImageFolder, and each picture is Pillow's conversion, upright, to within JPEG's own loss."""
+    build(every_mode, tmp_path / "x.beton", "--quality", 100, "--chroma", "444")
+    reader = BetonReader(tmp_path / "x.beton")
+    assert reader.classes == ["a", "b"] and list(reader.labels) == [0] * 6 + [1] * 3 and reader.num_samples == 9
+    rgb = texture(301, 203)
+    grey16 = np.repeat(rgb[..., :1], 3, -1)
+    for i, (name, expected) in enumerate({"a/1.png": rgb, "a/2.jpg": None, "a/3.JPEG": None, "a/4.png": None,
+                                          "a/5.webp": rgb, "a/6.png": grey16, "b/7.bmp": None, "b/8.png": None,
+                                          "b/deep/9.png": np.rot90(rgb, -1)}.items()):
+        if expected is None:
+            picture = Image.open(every_mode / name).convert("RGB")
+            if max(picture.size) > 500:
+                picture = picture.resize((9, 500), Image.Resampling.BOX)
+            expected = np.asarray(picture)
+        got = reader.image(i)
+        assert got.shape == expected.shape and abs(got.astype(int) - expected).mean() < 1.5, name
+
+
+@pytest.mark.parametrize("codec", ["turbojpeg", "pil"])
+@pytest.mark.parametrize("chroma", ["420", "444"])
+def test_build_jpeg_is_as_designed(every_mode, tmp_path, codec, chroma):
+    """Baseline, Pillow's tables and pixels, the chroma and restart interval asked for, optimised Huffman tables."""
+    build(every_mode, tmp_path / "x.beton", "--codec", codec, "--chroma", chroma, "--max-resolution", 300, "--quality", 90)
+    reader = BetonReader(tmp_path / "x.beton")
+    assert (reader.widths[0], reader.heights[0]) == (300, 202)
+    stored, plain = reader.read(0), io.BytesIO()
+    filters = {"turbojpeg": Image.Resampling.BOX, "pil": Image.Resampling.BICUBIC}
+    Image.fromarray(texture(301, 203)).resize((300, 202), filters[codec]).save(
+        plain, "JPEG", quality=90, subsampling={"420": "4:2:0", "444": "4:4:4"}[chroma])
+    ours, theirs = scan(stored), scan(plain.getvalue())
+    assert ours[0xC0] == theirs[0xC0] and ours[0xDB] == theirs[0xDB] and ours[0xC4] != theirs[0xC4]
+    interval = {"420": 1, "444": 2}[chroma]  # 19 MCUs a row have the divisors 1 and 19; 38 also 2
+    assert int.from_bytes(ours[0xDD], "big") == interval and ours[0xFE][:4] == b"ESSL"
+    assert np.array_equal(Image.open(io.BytesIO(stored)), Image.open(io.BytesIO(plain.getvalue())))
+
+
+def test_build_bytes_do_not_depend_on_workers(every_mode, tmp_path):
+    """One worker and three write the same file, and underscores in flags are as good as hyphens."""
+    for n in 1, 3:
+        build(every_mode, tmp_path / f"{n}.beton", "--num_workers", n)
+    assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_build_opens_in_ffcv(tmp_path, os_cache):
+    """FFCV's Loader reads our file as BetonReader does, with samples of more than a page and a left-out one."""
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    source, out, side = tmp_path / "pictures", tmp_path / "x.beton", 2100
+    for i in range(4):  # smooth, noise, smooth, noise: noise takes 10 MB, so that pages grow to 16 MiB on the way
+        (source / str(i)).mkdir(parents=True)
+        noise = np.random.default_rng(i).integers(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(noise if i % 2 else texture(side, side, i)).save(source / f"{i}/x.bmp")
+    (source / "1/bad.jpg").write_text("text")
+    build(source, out, "--chroma", "444", "--max-resolution", 4000, "--skip-bad")
+    loader = Loader(str(out), batch_size=2, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache,
+                    pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]})
+    got = [(image.copy(), int(label)) for images, labels in loader for image, label in zip(images, labels.ravel())]
+    assert loader.reader.page_size == 16 << 20 and [label for _, label in got] == [0, 1, 2, 3]
+    reader = BetonReader(out)  # FFCV decodes with the fast DCT, hence the tolerance
+    assert all(abs(reader.image(i).astype(np.int16) - image).mean() < 2 for i, (image, _) in enumerate(got))
+
+
+def test_build_names_every_bad_picture(every_mode, tmp_path):
+    """All bad pictures are named at once and nothing is written; --skip-bad leaves them out and says so."""
+    source = tmp_path / "pictures"
+    source.mkdir()
+    data = (every_mode / "a/2.jpg").read_bytes()
+    bad = {"empty.jpg": b"", "text.jpg": b"hello", "cut.jpg": data[:len(data) // 2],
+           "cut.png": (every_mode / "a/1.png").read_bytes()[:2000]}
+    for name, content in bad.items():
+        (source / name).write_bytes(content)
+    os.symlink("nowhere", source / "link.jpg")
+    os.mkfifo(source / "pipe.jpg")
+    (source / "good.jpg").write_bytes(data)
+    names = {*bad, "link.jpg", "pipe.jpg"}
+    done = build(source, tmp_path / "x.beton", code=1)
+    assert all(f"{source / name}: " in done.stderr for name in names) and "--skip-bad" in done.stderr
+    assert os.listdir(tmp_path) == ["pictures"]
+    assert "6 left out" in build(source, tmp_path / "x.beton", "--skip-bad").stdout
+    sidecar = json.loads((tmp_path / "x.json").read_text())
+    assert {Path(entry["file"]).name for entry in sidecar["left_out"]} == names and sidecar["num_samples"] == 1
+
+
+def test_build_refuses_in_words(tmp_path):
+    """A missing or empty folder and an output that cannot be written end with one paragraph and code 1."""
+    (tmp_path / "none").mkdir()
+    assert "holds no picture" in build(tmp_path / "none", tmp_path / "x.beton", code=1).stderr
+    assert "No such file" in build(tmp_path / "missing", tmp_path / "x.beton", code=1).stderr
+    Image.fromarray(texture(8, 8)).save(tmp_path / "none/1.png")
+    assert "permissions" in build(tmp_path / "none", tmp_path / "none/1.png/x.beton", code=1).stderr
+    assert os.listdir(tmp_path) == ["none"]
+    build(tmp_path / "none", tmp_path / "x.beton", "--quality", 101, code=2)
+
+
+@pytest.mark.parametrize("who, number", [("worker", signal.SIGKILL), ("parent", signal.SIGTERM),
+                                         ("parent", signal.SIGINT)])
+def test_build_killed_leaves_nothing(tmp_path, who, number):
+    """A killed worker or a stopped build ends with code 1 and leaves no file and no process."""
+    source = tmp_path / "pictures"
+    source.mkdir()
+    Image.fromarray(texture(1500, 1500)).save(source / "0.png")
+    for i in range(1, 400):
+        os.link(source / "0.png", source / f"{i}.png")
+    build = subprocess.Popen([sys.executable, HERE / "build_beton.py", "--data-dir", source, "--out", tmp_path / "x.beton", "--num-workers", "2"],
+                             stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def family(pid):
+        """The process ids below one that run."""
+        below = [int(p) for t in Path(f"/proc/{pid}/task").glob("*") for p in (t / "children").read_text().split()]
+        return below + [q for p in below for q in family(p)]
+    while not any(p.stat().st_size > 200_000 for p in tmp_path.glob(".x.beton.tmp-*")):
+        time.sleep(0.05)
+        assert build.poll() is None, build.stderr.read()
+    processes = family(build.pid)
+    os.kill(processes[-1] if who == "worker" else build.pid, number)
+    errors = build.communicate(timeout=60)[1]
+    assert build.returncode == 1 and ("died" if who == "worker" else number.name) in errors and "Trace" not in errors
+    assert os.listdir(tmp_path) == ["pictures"]
+    for _ in range(100):
+        if not any(Path(f"/proc/{p}").exists() for p in processes):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{p}").exists() for p in processes)
+
+
+def test_build_verify_finds_one_flipped_bit(every_mode, tmp_path):
+    """--verify passes a good file, and names the sample of any flipped bit and any damage to the tables."""
+    out = tmp_path / "x.beton"
+    build(every_mode, out)
+    assert "9 samples verified" in script("build_beton.py", "--verify", out).stdout
+    reader, whole = BetonReader(out), out.read_bytes()
+    damaged = bytearray(whole)
+    for i, at in (1, 9), (4, 40), (8, -1):  # in the checksum itself, in the header, in the last byte
+        damaged[reader.ptrs[i] + at % reader.sizes[i]] ^= 1
+    out.write_bytes(damaged)
+    done = script("build_beton.py", "--verify", out)
+    assert done.returncode == 1 and "3 of 9" in done.stderr
+    assert all(f"sample {i}: " in done.stderr for i in (1, 4, 8))
+    out.write_bytes(whole[:2110] + bytes([whole[2110] ^ 1]) + whole[2111:])
+    done = script("build_beton.py", "--verify", out)
+    assert done.returncode == 1 and "checksum" in done.stderr
+
+
+def test_build_demo_draws_the_same_again(tmp_path):
+    """--demo writes ten balanced classes, byte for byte the same each time, and other pictures for validation."""
+    for name in "one", "two":
+        assert script("build_beton.py", "--demo", "--out-dir", tmp_path / name, "--limit", 20).returncode == 0
+    train, val = ((tmp_path / "one" / f"demo_{split}.beton") for split in ("train", "val"))
+    assert train.read_bytes() == (tmp_path / "two/demo_train.beton").read_bytes() != val.read_bytes()
+    reader = BetonReader(val)
+    assert np.bincount(reader.labels).tolist() == [2] * 10 and len(set(reader.classes)) == 10
+
+
+# --- essl_loader
+@pytest.mark.parametrize("subsampling", [2, 0, 1, "gray"])
+@pytest.mark.parametrize("restart", [True, False])
+def test_loader_crop_decode_equals_crop_of_full_decode(tmp_path, subsampling, restart):
+    """Random boxes, odd sizes, every sampling: at most one level from libjpeg-turbo's full decode, edges included."""
+    rng, sizes = np.random.default_rng(3), [(1, 1), (1000, 3), (3, 1000), (17, 16), (33, 31), (368, 200), (333, 250), (65, 129)]
+    items = []
+    for width, height in sizes:
+        noise = Image.fromarray(rng.integers(0, 256, (height // 7 + 2, width // 7 + 2, 3), dtype=np.uint8))
+        picture = noise.resize((width, height), Image.Resampling.BICUBIC)
+        items.append((0, width, height, encode(picture.convert("L"), 0, restart) if subsampling == "gray"
+                      else encode(picture, subsampling, restart)))
+    reader = BetonReader(write_beton(tmp_path / "sizes.beton", items))
+    for i, (_, width, height, jpeg) in enumerate(items):
+        full = pixels(jpeg).astype(int)
+        assert np.abs(reader.image(i) - full).max() <= 1
+        for _ in range(12):
+            x, y = int(rng.integers(width)), int(rng.integers(height))
+            w, h = int(rng.integers(1, width - x + 1)), int(rng.integers(1, height - y + 1))
+            worst = np.abs(reader.image(i, (x, y, w, h)) - full[y:y + h, x:x + w]).max()
+            assert worst <= 1, ((width, height), (x, y, w, h), worst)
+
+
+def compare_with_pillow(loader, picture_of, res, seed):
+    """Mean and signed difference in levels, and the shift in pixels that would explain it, over one epoch."""
+    interpolation = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[loader.interpolation]
+    positions, images = loader._positions(), torch.cat([images for images, _ in loader])
+    means, shifts = [], []
+    for row, p in zip(images.permute(0, 2, 3, 1).numpy(), positions):
+        picture = picture_of(p)
+        if loader.train:
+            x, y, w, h = random_box(*picture.size, loader.scale, loader.ratio, seed, 0, p)
+        else:
+            x, y, w, h = center_box(*picture.size, loader.crop_ratio)
+        expected = picture.crop((x, y, x + w, y + h)).resize((res, res), interpolation)
+        if loader.train and uniform(seed, 0, p, essl_loader.FLIP_DRAW) < loader.hflip:
+            expected = ImageOps.mirror(expected)
+        expected = np.asarray(expected).astype(float)
+        means.append(np.abs(row - expected).mean())
+        slopes = np.gradient(expected, axis=1), np.gradient(expected, axis=0)
+        shifts += [((row - expected) * s).sum() / max(1.0, (s * s).sum()) for s in slopes]
+    return np.array(means), np.array(shifts)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("train", [True, False])
+def test_loader_sample_path_equals_pillow(beton, interpolation, train):
+    """Decode, crop, resize, flip: mean difference under one level and no shift, at several resolutions."""
+    path, items = beton
+    for res in (224, 160, 65):
+        loader = ESSLLoader(path, 16, train, res=res, interpolation=interpolation, seed=4, drop_last=False)
+        means, shifts = compare_with_pillow(loader, lambda p: Image.fromarray(np.frombuffer(items[p][3], np.uint8).reshape(
+            items[p][2], items[p][1], 3) if items[p][0] else pixels(items[p][3])), res, 4)
+        assert len(means) == 40 and means.max() < 1 and np.abs(shifts).max() < 0.1, (means.max(), np.abs(shifts).max())
+
+
+@pytest.mark.skipif(not PHOTOS, reason="DAILYMAE_PHOTOS names no folder of photos")
+def test_loader_equals_pillow_on_photos(tmp_path):
+    """The same on real photos built with build_beton.py: mean difference under one level over all of them."""
+    done = script("build_beton.py", "--data-dir", PHOTOS, "--out", tmp_path / "photos.beton", "--limit", 40)
+    assert done.returncode == 0, done.stderr
+    for interpolation in ("bicubic", "bilinear"):
+        loader = ESSLLoader(tmp_path / "photos.beton", 16, interpolation=interpolation, seed=4, drop_last=False)
+        means, shifts = compare_with_pillow(loader, lambda p: Image.fromarray(pixels(loader.reader.read(p))), 224, 4)
+        assert means.mean() < 1 and np.abs(np.mean(shifts)) < 0.01, (means.mean(), np.mean(shifts))
+
+
+def epochs_of(loader, count=2):
+    return [(images.clone(), labels) for _ in range(count) for images, labels in loader]
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(ours, theirs))
+
+
+def test_loader_same_bytes_for_any_threads_and_after_resume(beton):
+    """1, 2 and 4 threads, and a state loaded in mid-epoch, give the same batches byte for byte; epochs differ."""
+    def loader(threads):
+        return ESSLLoader(beton[0], 8, num_workers=threads, res=96, seed=5)
+    expected = epochs_of(loader(1))
+    assert same(epochs_of(loader(2)), expected) and same(epochs_of(loader(4)), expected)
+    assert not same(expected[:5], expected[5:])
+    first, resumed = loader(2), loader(3)
+    for i, _ in enumerate(first):
+        if i == 2:
+            break
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert same(epochs_of(resumed), expected[3:])
+    halves = [ESSLLoader(beton[0], 4, res=96, seed=5, rank=r, world_size=2) for r in range(2)]  # other world, same total
+    for half in halves:
+        half.load_state_dict(first.state_dict())
+    both = [next(iter(half)) for half in halves]
+    assert torch.equal(torch.stack([both[0][0], both[1][0]], 1).flatten(0, 1), expected[3][0])
+
+
+def test_loader_ranks_partition_an_epoch(beton):
+    """Two ranks share an epoch without overlap, in another order each epoch; evaluation visits each sample once."""
+    seen = [[torch.cat([labels for _, labels in ESSLLoader(beton[0], 5, train, res=32, rank=r, world_size=w)]).tolist()
+             for r in range(w)] for train, w in ((True, 2), (False, 3))]
+    assert sorted(sum(seen[0], [])) == list(range(40)) == sorted(sum(seen[1], []))
+    assert [len(s) for s in seen[1]] == [14, 13, 13]
+    loader = ESSLLoader(beton[0], 40, res=32)
+    orders = [labels.tolist() for _ in range(3) for _, labels in loader]
+    assert len({tuple(o) for o in orders}) == 3 and all(sorted(o) == list(range(40)) for o in orders)
+
+
+def test_loader_stage_change_compiles_nothing(beton):
+    """set_stage takes effect at the next epoch, at run time: the kernel keeps its one compiled signature."""
+    loader = ESSLLoader(beton[0], 8, res=64)
+    shapes = [next(iter(loader))[0].shape]
+    compiled = len(essl_loader.fill.signatures)
+    loader.set_stage(res=96, scale=(0.5, 1.0))
+    shapes.append(next(iter(loader))[0].shape)
+    assert shapes == [(8, 3, 64, 64), (8, 3, 96, 96)] and len(essl_loader.fill.signatures) == compiled
+
+
+def test_loader_batches_are_channels_last_and_stay(beton):
+    """uint8 in channels_last memory, int64 labels; a batch that is kept is not overwritten by later ones."""
+    kept = list(ESSLLoader(beton[0], 4, res=48, num_workers=2))
+    again = epochs_of(ESSLLoader(beton[0], 4, res=48, num_workers=2), 1)
+    assert kept[0][0].dtype == torch.uint8 and kept[0][1].dtype == torch.int64
+    assert kept[0][0].is_contiguous(memory_format=torch.channels_last) and same(kept, again)
+
+
+def test_loader_leaving_early_frees_threads(beton):
+    """Breaking out of an epoch, closing and dropping a loader leave no thread behind; a closed loader says so."""
+    before = threading.active_count()
+    for _ in range(20):
+        loader = ESSLLoader(beton[0], 4, res=48, num_workers=3)
+        for _ in loader:
+            break
+        loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iter(loader))
+
+
+def test_loader_random_box_is_torchvisions():
+    """Boxes follow RandomResizedCrop: area and aspect as torchvision's get_params, over 4,000 draws; flips are halves."""
+    from torchvision.transforms import RandomResizedCrop
+    torch.manual_seed(0)
+    picture = Image.new("RGB", (500, 375))
+    ours = np.array([random_box(500, 375, (0.2, 1.0), (3 / 4, 4 / 3), 0, 0, i) for i in range(4000)])
+    crop = [RandomResizedCrop.get_params(picture, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    theirs = np.array([(x, y, w, h) for y, x, h, w in crop])
+    assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= 500).all() and (ours[:, 1] + ours[:, 3] <= 375).all()
+    for q in (0.1, 0.5, 0.9):
+        assert np.abs(np.quantile(ours, q, axis=0) - np.quantile(theirs, q, axis=0)).max() < 15
+    assert abs(np.mean([uniform(0, 0, i, essl_loader.FLIP_DRAW) < 0.5 for i in range(4000)]) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("damage", ["cut", "version", "empty", "jpeg", "size", "pointer"])
+def test_loader_names_what_is_wrong(beton, tmp_path, damage):
+    """A file cut short, of another version, empty, with a damaged JPEG, a false size or a false pointer: a DataError."""
+    data, bad = bytearray(beton[0].read_bytes()), tmp_path / "bad.beton"
+    table = essl_loader.HEADER.itemsize + 2 * essl_loader.FIELD.itemsize
+    record = np.frombuffer(data, essl_loader.SAMPLE, 1, table + 24 * 7)[0]
+    at = int(record["data_ptr"])
+    if damage == "cut":
+        data = data[:len(data) // 2]
+    elif damage == "version":
+        data[0] = 3
+    elif damage == "empty":
+        data = data[:0]
+    elif damage == "jpeg":
+        data[at + 700:at + 1100] = bytes(400)
+    elif damage == "size":
+        data[table + 24 * 7 + 1] ^= 1
+    else:
+        data[table + 24 * 7 + 9] ^= 0x40
+    bad.write_bytes(data)
+    with pytest.raises(DataError, match="bad.beton.*sample 7" if damage in ("jpeg", "size", "pointer") else "bad.beton"):
+        for _ in ESSLLoader(bad, 8, train=False, crop_ratio=1.0, res=64):
+            pass
+
+
+def test_loader_folder_loader_has_the_same_surface(folder):
+    """FolderLoader and ESSLLoader give the same order and labels and nearly the same pictures for the same seed."""
+    loaders = (FolderLoader(folder / "train", 16, res=64, seed=6, num_workers=2),
+               ESSLLoader(folder / "train.beton", 16, res=64, seed=6))
+    theirs, ours = (epochs_of(loader, 2) for loader in loaders)
+    assert loaders[0].classes == loaders[1].classes == ["dark", "light"] and len(theirs) == len(ours) == 8
+    for (a, b), (c, d) in zip(theirs, ours):
+        assert torch.equal(b, d) and (a.int() - c.int()).abs().float().mean() < 4  # levels; JPEG at quality 95 makes 1 to 3
+
+
+def test_loader_stock_ffcv_reads_ours(folder):
+    """A file of build_beton.py in ffcv's own Loader: the same pictures and labels as Pillow finds in it."""
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    path = folder / "val.beton"
+    batches = Loader(str(path), 8, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
+                     pipelines={"image": [CenterCropRGBImageDecoder((40, 40), 1.0)], "label": [IntDecoder()]})
+    images, labels = (np.concatenate(x) for x in zip(*[(a.copy(), b.copy()) for a, b in batches]))
+    reader = BetonReader(path)
+    assert labels[:, 0].tolist() == reader.labels.tolist() == [0] * 8 + [1] * 8
+    for i, image in enumerate(images):
+        full = Image.fromarray(pixels(reader.read(i)))
+        side = min(full.size)
+        x, y = (full.width - side) // 2, (full.height - side) // 2
+        expected = np.asarray(full.crop((x, y, x + side, y + side)).resize((40, 40), Image.Resampling.BOX)).astype(int)
+        assert np.abs(image - expected).mean() < 6  # levels; its INTER_AREA is no Pillow filter
+
+
+def test_loader_reads_files_of_ffcvs_writer(tmp_path):
+    """Files of ffcv's DatasetWriter (jpg, raw, smart) load in ours: labels, classes None, pictures as in Pillow."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    rng = np.random.default_rng(7)
+    pictures = [np.asarray(draw(rng, 60 + 9 * i, 150 - 9 * i)) for i in range(10)]
+
+    class Pictures:
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            return pictures[i], 3 * i
+    for mode in ("jpg", "raw", "smart"):
+        path = tmp_path / f"{mode}.beton"
+        DatasetWriter(str(path), {"image": RGBImageField(write_mode=mode, jpeg_quality=95, smart_threshold=30000),
+                                  "label": IntField()}, num_workers=1).from_indexed_dataset(Pictures())
+        reader = BetonReader(path)
+        assert reader.labels.tolist() == list(range(0, 30, 3)) and reader.classes is None
+        assert set(reader.modes.tolist()) == {"jpg": {0}, "raw": {1}, "smart": {0, 1}}[mode]
+        for i, picture in enumerate(pictures):
+            exact = pixels(reader.read(i)) if reader.modes[i] == 0 else picture
+            assert np.abs(reader.image(i).astype(int) - exact).max() <= 1
+        loader = ESSLLoader(path, 10, res=64, seed=8)
+        means, _ = compare_with_pillow(loader, lambda p: Image.fromarray(reader.image(p)), 64, 8)
+        assert means.max() < 1
+
+
+# --- schedules
+def test_schedules_are_the_papers_tables():
+    """Table 10, Table 8 and the stage boundaries, typed from the paper; kept tokens as recipes list them."""
+    rows = {"s1": "160 .50 192 .66 224 .75", "s2": "160 .75 192 .75 224 .75", "s3": "224 .75 192 .75 160 .75",
+            "s4": "160 .75 192 .80 224 .85", "s5": "224 .75 192 .75 224 .75", "s6": "224 .75 192 .75 224 .85",
+            "fixed": "224 .75 224 .75 224 .75"}
+    ours = {k: [float(x) for stage in v for x in stage] for k, v in schedules.PRETRAIN_SCHEMES.items()}
+    assert ours == {k: [float(x) for x in v.split()] for k, v in rows.items()}
+    tune = schedules.FINETUNE_SCHEMES
+    assert [[s[0] for s in tune[k]] for k in ("s1", "s1-", "s1+", "s3")] == [[160, 192, 224]] * 4
+    assert [[s[1] for s in tune[k]] for k in ("s1", "s1-", "s1+", "s3")] == [
+        ["3aug", "3aug", "3aug+"], ["3aug"] * 3, ["3aug+"] * 3, ["3aug", "3aug", "3aug+"]]
+    assert [s[3] for s in tune["s3"]] == [0.68, 0.84, 1.0] and all(round(s[2], 2) == 0.28 for s in sum(tune.values(), ()))
+    assert schedules.stage_starts(800, schedules.PRETRAIN_STAGES) == [0, 200, 400]
+    assert schedules.stage_starts(100, schedules.FINETUNE_STAGES) == [0, 30, 60]
+    s5 = schedules.PRETRAIN_SCHEMES["s5"]
+    assert [schedules.stage_at(s5, e, 800, schedules.PRETRAIN_STAGES) for e in (0, 199, 200, 399, 400, 799)] == [
+        (0, (224, 0.75))] * 2 + [(1, (192, 0.75))] * 2 + [(2, (224, 0.75))] * 2
+    assert [schedules.stage_at(schedules.PRETRAIN_SCHEMES["s2"], e, 4, (0.25, 0.25, 0.5), 64, 8)[1][0] for e in range(4)] == [
+        48, 56, 64, 64]
+    kept = {(224, .75): 49, (192, .75): 36, (160, .75): 25, (160, .5): 50, (192, .66): 48, (192, .8): 28, (224, .85): 29}
+    assert all(models_mae.num_kept((r // 16) ** 2, m) == k for (r, m), k in kept.items())
+    assert models_mae.num_kept(100, 0.9) == 10
+
+
+def test_schedules_equations_hold_under_sampling():
+    """Equations 1 to 3 against a million draws of what they are expectations of."""
+    rng = np.random.default_rng(9)
+    for low, high, resolution in ((0.28, 1.0, 224), (0.28, 0.68, 160), (0.45, 1.0, 192)):
+        sigma = np.sqrt(rng.uniform(low ** 2, high ** 2, 1_000_000))
+        assert abs(schedules.perceptual_ratio(low, high) - sigma.mean()) < 1e-3
+        assert abs(schedules.apparent_size(resolution, low, high) - resolution / sigma.mean()) < 0.5
+    noise = torch.rand(2000, 144, generator=torch.Generator().manual_seed(0))
+    visible = (noise.argsort(1).argsort(1) < 48).view(-1, 12, 12).sum(2).float()  # m: visible patches in each row
+    assert abs(schedules.masked_perceptual_ratio(192, 0.66) - (visible * 16 / 192).mean().item()) < 1e-3
+
+
+def test_schedules_learning_rate():
+    """Linear from 0 to the peak over the warm-up, then half a cosine to the floor: four points and monotony."""
+    rates = [schedules.lr_at(s, 1000, 100, 2.0, 0.5) for s in range(1001)]
+    assert rates[0] == 0 and rates[50] == 1.0 and rates[100] == 2.0 and abs(rates[1000] - 0.5) < 1e-12
+    assert abs(rates[550] - 1.25) < 1e-12 and rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:])[::-1]
+
+
+def test_schedules_prints_costs():
+    """`python schedules.py` lists every scheme with its cost; the fixed recipe is 1.00."""
+    lines = script("schedules.py").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(schedules.PRETRAIN_SCHEMES) and "1.00 x fixed" in lines[1]
+
+
+# --- models_mae
+def reference_mae(p, imgs, noise, mask_ratio, settings):
+    """MAE in plain loops and explicit formulas: (loss, pred, mask) for one batch, parameters by official name."""
+    def norm(x, name):
+        mean = x.mean(-1, keepdim=True)
+        return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(1e-6).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+
+    def linear(x, name):
+        return x @ p[name + ".weight"].T + p[name + ".bias"]
+
+    def block(x, name, heads):
+        qkv, width = linear(norm(x, name + ".norm1"), name + ".attn.qkv"), x.shape[1]
+        d, outs = width // heads, []
+        for h in range(heads):
+            q, k, v = (qkv[:, i * width + h * d:i * width + (h + 1) * d] for i in range(3))
+            weights = (q @ k.T / math.sqrt(d)).exp()
+            outs.append(weights / weights.sum(1, keepdim=True) @ v)
+        x = x + linear(torch.cat(outs, 1), name + ".attn.proj")
+        hidden = linear(norm(x, name + ".norm2"), name + ".mlp.fc1")
+        return x + linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), name + ".mlp.fc2")
+    s, preds, masks, losses, removed = settings["patch_size"], [], [], 0, 0
+    for image, u in zip(imgs, noise):
+        grid = image.shape[1] // s
+        patches = torch.stack([image[:, s * r:s * r + s, s * c:s * c + s].permute(1, 2, 0).reshape(-1)
+                               for r in range(grid) for c in range(grid)])
+        kept = sorted(range(grid ** 2), key=lambda i: u[i])[:int(round(grid ** 2 * (1 - mask_ratio), 6))]
+        weight = p["patch_embed.proj.weight"]
+        tokens = [p["cls_token"][0, 0] + p["pos_embed"][0, 0]]
+        for i in kept:
+            pixels = patches[i].reshape(s, s, 3).permute(2, 0, 1)
+            tokens.append((weight * pixels).sum((1, 2, 3)) + p["patch_embed.proj.bias"] + p["pos_embed"][0, 1 + i])
+        x = torch.stack(tokens)
+        for d in range(settings["depth"]):
+            x = block(x, f"blocks.{d}", settings["num_heads"])
+        x = linear(norm(x, "norm"), "decoder_embed")
+        rows = [p["mask_token"][0, 0]] * grid ** 2
+        for i, token in zip(kept, x[1:]):
+            rows[i] = token
+        x = torch.stack([x[0], *rows]) + p["decoder_pos_embed"][0]
+        for d in range(settings["decoder_depth"]):
+            x = block(x, f"decoder_blocks.{d}", settings["decoder_num_heads"])
+        pred = linear(norm(x, "decoder_norm"), "decoder_pred")[1:]
+        for i in set(range(grid ** 2)) - set(kept):
+            target = patches[i]
+            if settings["norm_pix_loss"]:
+                target = (target - target.mean()) / (((target - target.mean()) ** 2).sum() / (len(target) - 1) + 1e-6).sqrt()
+            losses, removed = losses + ((pred[i] - target) ** 2).mean(), removed + 1
+        preds.append(pred)
+        masks.append([0.0 if i in kept else 1.0 for i in range(grid ** 2)])
+    return losses / removed, torch.stack(preds), torch.tensor(masks)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_models_forward_loss_and_gradients_equal_a_plain_reference(norm_pix_loss):
+    """Loss, prediction, mask and every gradient agree with explicit float64 formulas to 1e-5."""
+    torch.manual_seed(0)
+    model = models_mae.MaskedAutoencoderViT(32, 8, 24, 2, 3, 16, 2, 2, norm_pix_loss=norm_pix_loss).double()
+    imgs, noise = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.rand(3, 16)
+    loss, pred, mask = model(imgs, 0.7, noise)
+    loss.backward()
+    leaves = {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in model.named_parameters()}
+    expected, expected_pred, expected_mask = reference_mae(leaves, imgs, noise, 0.7, model.settings)
+    expected.backward()
+    assert torch.equal(mask, expected_mask.double()) and mask.sum(1).tolist() == [12] * 3
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pred, expected_pred, rtol=1e-5, atol=1e-9)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, leaves[name].grad, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_models_normalise_uint8_inside():
+    """A uint8 batch gives what torchvision's ToTensor and Normalize would have fed."""
+    torch.manual_seed(0)
+    model, noise = models_mae.mae_vit_nano_patch8(img_size=32), torch.rand(2, 16)
+    imgs = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    floats = (imgs / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(model(imgs, noise=noise)[0], model(floats, noise=noise)[0])
+    torch.testing.assert_close(models_mae.unpatchify(models_mae.patchify(floats, 8), 8), floats)
+
+
+def test_models_position_tables():
+    """The native grid is the published formula to the bit; at 160 and 192 it is resampled smoothly, class row kept."""
+    model = models_mae.mae_vit_tiny_patch16()
+    table = model.pos_embed[0]
+    for row, column in ((0, 0), (3, 11), (13, 13)):
+        omega = 1 / 10000 ** (np.arange(48) / 48)
+        expected = np.concatenate([np.sin(column * omega), np.cos(column * omega), np.sin(row * omega), np.cos(row * omega)])
+        assert np.allclose(table[1 + 14 * row + column], expected, atol=1e-6)
+    assert torch.equal(table[0], torch.zeros(192)) and not model.pos_embed.requires_grad
+    assert models_mae.resample_table(model.pos_embed, 14) is model.pos_embed
+    for resolution in (160, 192):
+        grid = resolution // 16
+        smaller = models_mae.resample_table(model.pos_embed, grid)
+        channel = Image.fromarray(table[1:, 5].reshape(14, 14).numpy())
+        expected = np.asarray(channel.resize((grid, grid), Image.Resampling.BICUBIC))
+        assert smaller.shape == (1, 1 + grid ** 2, 192) and np.abs(smaller[0, 1:, 5].numpy().reshape(grid, grid) - expected).max() < 2e-3
+        assert math.isfinite(model(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))[0].item())
+
+
+def test_models_state_dict_is_the_official_one():
+    """Official key names and shapes for B; parameter counts of B, L and H as published (111.9, 329.5, 657 M)."""
+    with torch.device("meta"):
+        model = models_mae.mae_vit_base_patch16()
+        counts = [sum(p.numel() for p in build().parameters()) / 1e6 for build in
+                  (models_mae.mae_vit_base_patch16, models_mae.mae_vit_large_patch16, models_mae.mae_vit_huge_patch14)]
+    expected = {"cls_token": (1, 1, 768), "pos_embed": (1, 197, 768), "patch_embed.proj.weight": (768, 3, 16, 16),
+                "patch_embed.proj.bias": (768,), "norm.weight": (768,), "norm.bias": (768,), "mask_token": (1, 1, 512),
+                "decoder_embed.weight": (512, 768), "decoder_embed.bias": (512,), "decoder_pos_embed": (1, 197, 512),
+                "decoder_norm.weight": (512,), "decoder_norm.bias": (512,), "decoder_pred.weight": (768, 512),
+                "decoder_pred.bias": (768,)}
+    for prefix, width, depth in (("blocks", 768, 12), ("decoder_blocks", 512, 8)):
+        for i in range(depth):
+            for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+                expected[f"{prefix}.{i}.{name}.weight"] = (rows * width, columns * width)
+                expected[f"{prefix}.{i}.{name}.bias"] = (rows * width,)
+            for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
+                expected[f"{prefix}.{i}.{name}"] = (width,)
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+    assert [round(c, 1) for c in counts] == [111.9, 329.5, 657.1]
+
+
+# --- pretrain
+TINY = ("--model", "mae_vit_nano_patch8", "--input-size", "32", "--total-batch", "16", "--batch-size", "8", "--epochs", "4",
+        "--warmup-epochs", "1", "--blr", "4e-3", "--num-workers", "2", "--viz-every", "2")
+
+
+def tiny_run(folder, out, *words, **kwargs):
+    return script("pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton", "--output-dir", out,
+                  *TINY, *words, **kwargs)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(out):
+    return torch.load(out / "last.pt", weights_only=True)["modules"]
+
+
+def test_pretrain_defaults_are_table_1():
+    """The flags' defaults are the paper's pretraining column, and the palindrome."""
+    args = pretrain.get_args([])
+    assert (args.total_batch, args.epochs, args.warmup_epochs, args.weight_decay, args.scheme, args.model, args.input_size) \
+        == (4096, 800, 40, 0.05, "s5", "mae_vit_base_patch16", 224)
+    assert abs(args.blr * args.total_batch / 256 - 2.4e-3) < 1e-12 and schedules.PRETRAIN["betas"] == (0.9, 0.95)
+    assert args.stages == (0.25, 0.25, 0.5) and schedules.PRETRAIN["scale"] == (0.2, 1.0) and args.probe == "masked"
+    assert models_mae.mae_vit_nano_patch8(img_size=16).norm_pix_loss and pretrain.get_args(["--weight_decay=0.1"]).weight_decay == 0.1
+
+
+@pytest.fixture(scope="session")
+def unbroken(folder, tmp_path_factory):
+    """The tiny run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    done = tiny_run(folder, out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_pretrain_runs_all_stages(unbroken):
+    """Three stages with their resolution and mask ratio in log.jsonl, loss falling, probe, pictures, checkpoints."""
+    out, text = unbroken
+    log = log_of(out)
+    assert [(line["epoch"], line["res"], line["mask_ratio"]) for line in log if "probe_top1" in line] == [
+        (0, 32, 0.75), (1, 24, 0.75), (2, 32, 0.75), (3, 32, 0.75)]
+    assert log[-1]["loss"] < log[0]["loss"] and all(line["img_s"] > 0 <= line["data_wait"] <= 1 for line in log)
+    assert [line["step"] for line in log] == [4, 8, 12, 16] and 0 <= log[-1]["probe_top1"] <= 100
+    names = {p.name for p in out.iterdir()}
+    assert {"args.json", "last.pt", "stage1.pt", "stage2.pt", "recon_0002.png", "recon_0004.png"} <= names
+    assert any(n.startswith("events.out") for n in names) and not any("tmp" in n for n in names)
+    assert Image.open(out / "recon_0004.png").size[0] > 12 * 32 and "done: 4 epochs" in text.splitlines()[-1]
+
+
+def test_pretrain_killed_and_resumed_is_bit_identical(folder, unbroken, tmp_path):
+    """SIGKILL in the middle of an epoch, then SIGTERM, then the same command: the unbroken run's weights, bit for bit."""
+    command = [sys.executable, HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton",
+               "--output-dir", tmp_path, *TINY]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            if re.match(r"epoch [01] loss", line):
+                run.send_signal(number)
+                break
+        run.stdout.read()
+        assert run.wait() == (-number if number == signal.SIGKILL else 1)
+    done = tiny_run(folder, tmp_path)
+    assert done.returncode == 0 and "; from " in done.stdout, done.stderr
+    expected, ours = weights_of(unbroken[0]), weights_of(tmp_path)
+    assert expected.keys() == ours.keys() and all(torch.equal(expected[k], ours[k]) for k in expected)
+    assert [line["loss"] for line in log_of(tmp_path)][-1] == [line["loss"] for line in log_of(unbroken[0])][-1]
+
+
+def test_pretrain_two_ranks_match_one(folder, unbroken, tmp_path):
+    """torchrun with two gloo ranks of 8 pictures does what one process with two times 8 does, to rounding."""
+    port = 20000 + os.getpid() % 20000
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
+                           HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton",
+                           "--output-dir", tmp_path, *TINY, "--probe", "off"], capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    ours, expected = log_of(tmp_path), log_of(unbroken[0])
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("probe", ["full", "off"])
+def test_pretrain_from_a_folder_with_other_probes(folder, tmp_path, probe):
+    """--data may name the picture folder itself; the paper's full probe and no probe train too."""
+    done = script("pretrain.py", "--data", folder / "train", "--val-data", folder / "val", "--output-dir", tmp_path, *TINY,
+                  "--epochs", 1, "--scheme", "fixed", "--probe", probe, "--mask-ratio", 0.5)
+    assert done.returncode == 0, done.stderr
+    assert log_of(tmp_path)[-1]["mask_ratio"] == 0.5 and ("probe_top1" in log_of(tmp_path)[-1]) == (probe == "full")
+
+
+def test_pretrain_stops_at_a_loss_that_is_not_finite(folder, tmp_path):
+    """An absurd learning rate ends with a message that names the step; no checkpoint of broken weights is left."""
+    done = tiny_run(folder, tmp_path, "--blr", "1e12", "--epochs", 8)
+    refused(done, "the loss is", "--blr")
+    if (tmp_path / "last.pt").exists():
+        assert all(v.isfinite().all() for v in weights_of(tmp_path).values() if v.is_floating_point())
+
+
+def test_pretrain_refuses_bad_input(folder, unbroken, tmp_path):
+    """Missing file, cut file, unwritable folder, indivisible batch, other settings: a paragraph and exit code 1 or 2."""
+    refused(script("pretrain.py", "--output-dir", tmp_path / "a", cwd=tmp_path), "data/train_500_95.beton", "--demo")
+    cut = tmp_path / "cut.beton"
+    cut.write_bytes((folder / "train.beton").read_bytes()[:-100])
+    refused(script("pretrain.py", "--data", cut, "--output-dir", tmp_path / "b", *TINY), "cut.beton")
+    (tmp_path / "file").write_text("")
+    refused(tiny_run(folder, tmp_path / "file" / "run"), "cannot be written")
+    refused(tiny_run(folder, tmp_path / "c", "--total-batch", 20), "--total-batch 20", "--batch-size 4")
+    refused(tiny_run(folder, unbroken[0], "--blr", "1e-3"), "blr: 0.004 there, 0.001 here", "--resume none")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "last.pt").write_bytes(b"not a checkpoint")
+    refused(tiny_run(folder, tmp_path / "d"), "last.pt", "--resume none")
+
+
+# --- README
+def test_readme_names_only_flags_that_exist():
+    """Every flag that the README gives a script is one that the script documents."""
+    text = (HERE / "README.md").read_text()
+    for name in re.findall(r"^\| `(\w+\.py)`", text, re.M):
+        used = set(re.findall(r"--[a-z][a-z-]+", " ".join(re.findall(rf"{name}([^\n`]*)", text))))
+        if used:
+            known = set(re.findall(r"--[a-z][a-z-]+", script(name, "--help").stdout))
+            assert used <= known, (name, used - known)
