@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import sys
 import threading
 import weakref
 import zlib
@@ -20,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import llvmlite.binding
+import llvmlite.ir as ir
 import numpy as np
 import torch
 from numba import carray, njit, types
@@ -73,16 +75,11 @@ def bind():
     """Resolves the symbols that the kernels call; every public entry does it, importing the file does not."""
     if _bound:
         return
-    lib, crop = load_turbojpeg(), True
-    for name in ("tjInitDecompress", "tjDestroy", "tjDecompress2", "tjDecompressToYUVPlanes",
-                 "tj3DecompressHeader", "tj3SetCroppingRegion", "tj3Decompress8"):
-        if not hasattr(lib, name):  # libjpeg-turbo 2.1 has no tj3 calls; the symbol must resolve, `crop` keeps it uncalled
-            crop, symbol = False, lib.tjDestroy
-        else:
-            symbol = getattr(lib, name)
+    lib = load_turbojpeg()
+    for name in ("tjInitDecompress", "tjDestroy", "tjDecompress2"):
         # Under a name of our own: ffcv brings the system's copy of the same symbols into the process.
-        llvmlite.binding.add_symbol("essl_" + name, ctypes.cast(symbol, ctypes.c_void_p).value)
-    _bound.append((lib, crop))
+        llvmlite.binding.add_symbol("essl_" + name, ctypes.cast(getattr(lib, name), ctypes.c_void_p).value)
+    _bound.append(lib)
 
 
 def _c(name, restype, *argtypes):
@@ -96,10 +93,6 @@ memcpy = _c("memcpy", _p, _p, _p, _p)                                    # to, f
 tj_init = _c("essl_tjInitDecompress", _p)
 tj_destroy = _c("essl_tjDestroy", _i, _p)
 tj_rgb = _c("essl_tjDecompress2", _i, _p, _p, _p, _p, _i, _i, _i, _i, _i)  # handle, jpeg, size, to, w, pitch, h, format
-tj_planes = _c("essl_tjDecompressToYUVPlanes", _i, _p, _p, _p, _p, _i, _p, _i, _i)  # .., planes, w, strides, h, flags
-tj3_header = _c("essl_tj3DecompressHeader", _i, _p, _p, _p)
-tj3_crop = _c("essl_tj3SetCroppingRegion", _i, _p, types.int64, types.int64)  # handle, struct {int x, y, w, h} in two words
-tj3_rgb = _c("essl_tj3Decompress8", _i, _p, _p, _p, _p, _i, _i)
 STOP_ON_WARNING = 8192  # libjpeg-turbo then fails where it would paint damaged blocks grey
 
 
@@ -109,6 +102,32 @@ def as_pointer(typing_context, address):
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
     return types.voidptr(types.intp), codegen
+
+
+@intrinsic
+def load_big_endian(typing_context, address):
+    """The eight bytes at an address, aligned or not, as a big-endian number."""
+    def codegen(context, builder, signature, args):
+        word = builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), align=1)
+        return word if sys.byteorder == "big" else builder.bswap(word)
+    return types.uint64(types.intp), codegen
+
+
+@intrinsic
+def load_int32(typing_context, address):
+    """The int32 at an address: in the entropy decoder's loop an array index would cost a test for its sign."""
+    def codegen(context, builder, signature, args):
+        return builder.sext(builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer())), ir.IntType(64))
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def store_int16(typing_context, address, value):
+    """Stores the low half of value at an address."""
+    def codegen(context, builder, signature, args):
+        builder.store(builder.trunc(args[1], ir.IntType(16)), builder.inttoptr(args[0], ir.IntType(16).as_pointer()))
+        return context.get_dummy_value()
+    return types.none(types.intp, types.int64), codegen
 
 
 @intrinsic
@@ -176,186 +195,400 @@ OK, SHORT_READ, BROKEN, OTHER_SIZE, UNKNOWN = range(5)
 REASONS = {SHORT_READ: "the file ends inside it", BROKEN: "its JPEG data are damaged",
            OTHER_SIZE: "its JPEG header and the file's table give different sizes",
            UNKNOWN: "its kind of JPEG cannot be decoded to RGB"}
-# What parse_jpeg finds; MCU = the block of 8x8 to 16x16 pixels in which JPEG stores its components together.
-HEIGHT, WIDTH, SOF, COMPONENTS, H_SAMP, V_SAMP, INTERVAL, SCAN, SUBSAMP, LAST = range(10)
-S444, S422, S420, GRAY, S440, OTHER = range(6)  # libjpeg-turbo's numbers; OTHER is ours
+# What parse_jpeg finds. MCU = the 8x8 to 16x16 pixels whose blocks of all components JPEG stores together; QUANT, DC and
+# AC: the table of each of three components; TABLES: a bit for each table that the file defines.
+HEIGHT, WIDTH, COMPONENTS, H_SAMP, V_SAMP, INTERVAL, SCAN, TABLES = range(8)
+QUANT, DC, AC = 8, 11, 14
+PREFIX = 10  # bits that one look-up decodes: larger tables take longer to build for each image than they save
+PREFIXES = 1 << PREFIX
+TABLE = 2 * PREFIXES + 320  # a Huffman table: values, codes, 20 limits, 20 offsets, symbols
+LANES = 160  # blocks side by side; an odd number of cache lines, or their coefficients would share a few cache sets
+CHUNK = 64  # MCUs for one inverse DCT: 128 blocks and, above them, lanes for the blocks that nobody will see
+ZIGZAG = np.array([0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6,
+                   7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31,
+                   39, 46, 53, 60, 61, 54, 47, 55, 62, 63])
 
 
 @njit(nogil=True, cache=True)
-def parse_jpeg(src, size, info):
-    """Reads a baseline JPEG's header into info; BROKEN, or UNKNOWN where only libjpeg-turbo can tell (progressive, ...)."""
+def build_table(src, at, dc, table):
+    """Huffman table (ITU-T T.81, annex C) from its 16 counts and symbols at src[at]; False if it is not one.
+
+    table[prefix] = value << 16 | zeros before it << 8 | bits of code and value; 0 where they are longer than the prefix.
+    table[PREFIXES + prefix] = symbol << 8 | bits of the code alone; 0 where even that is longer.
+    """
+    table[:2 * PREFIXES] = 0
+    limits, offsets, symbols = table[2 * PREFIXES:], table[2 * PREFIXES + 20:], table[2 * PREFIXES + 40:]
+    code, n = 0, 0
+    for length in range(1, 17):
+        count = np.int64(src[at + length - 1])
+        offsets[length] = n - code
+        if code + count > 1 << length or n + count > 256:
+            return False
+        for _ in range(count):
+            symbol = np.int64(src[at + 16 + n])
+            symbols[n] = symbol
+            run, size = (0, symbol) if dc else (symbol >> 4, symbol & 15)
+            if size > 15:
+                return False
+            if not dc and size == 0 and run != 15:
+                run = 128  # end of block: past the 63rd coefficient
+            free = PREFIX - length
+            if free >= 0:
+                table[PREFIXES + (code << free):PREFIXES + ((code + 1) << free)] = symbol << 8 | length
+            if free >= size:
+                for v in range(1 << size):
+                    value = v if size == 0 or v >> (size - 1) else v - (1 << size) + 1
+                    first = (code << free) + (v << (free - size))
+                    table[first:first + (1 << (free - size))] = value << 16 | run << 8 | (length + size)
+            n += 1
+            code += 1
+        limits[length] = code << (16 - length)
+        code <<= 1
+    return True
+
+
+@njit(nogil=True, cache=True)
+def parse_jpeg(src, size, info, tables, orders):
+    """Reads a baseline JPEG's header and tables; BROKEN, or UNKNOWN where only libjpeg-turbo can tell (progressive, ...).
+
+    orders[table] = pairs (where the k-th coefficient goes, in bytes; its quantisation step).
+    """
     info[:] = 0
-    adobe_rgb = False
+    rgb, names, i = False, 0, 2
     if size < 4 or src[0] != 0xFF or src[1] != 0xD8:
         return BROKEN
-    i = 2
     while i + 4 <= size:
         marker, length = src[i + 1], (src[i + 2] << 8) + src[i + 3]
-        if src[i] != 0xFF or length < 2 or i + 2 + length > size:
+        p, end = i + 4, i + 2 + length
+        if src[i] != 0xFF or length < 2 or end > size:
             return BROKEN
-        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:  # SOF: sizes and sampling
-            if length < 8 + 3 * np.int64(src[i + 9]):
+        if marker == 0xDB:  # quantisation tables, of bytes or words
+            while p < end:
+                wide, t = src[p] >> 4, src[p] & 3
+                if wide > 1 or p + 65 + 64 * wide > end:
+                    return BROKEN
+                for k in range(64):
+                    orders[t, 2 * k] = 2 * LANES * ZIGZAG[k]
+                    orders[t, 2 * k + 1] = src[p + 1 + k] if wide == 0 else (src[p + 1 + 2 * k] << 8) + src[p + 2 + 2 * k]
+                info[TABLES] |= 16 << t
+                p += 65 + 64 * wide
+        elif marker == 0xC4:  # Huffman tables
+            while p + 17 <= end:
+                t, n = (src[p] >> 4 << 1) + (src[p] & 1), 0
+                for k in range(16):
+                    n += src[p + 1 + k]
+                if src[p] & 0xEE:
+                    return UNKNOWN
+                if p + 17 + n > end or not build_table(src, p + 1, t < 2, tables[t]):
+                    return BROKEN
+                info[TABLES] |= 1 << t
+                p += 17 + n
+        elif 0xC0 <= marker <= 0xCF and marker != 0xC8 and marker != 0xCC:  # SOF: sizes and sampling
+            n = np.int64(src[i + 9]) if length >= 8 else 0
+            if n == 0 or length < 8 + 3 * n:
                 return BROKEN
-            n = np.int64(src[i + 9])
-            info[SOF], info[COMPONENTS], info[SUBSAMP] = i + 5, n, OTHER
             info[HEIGHT], info[WIDTH] = (src[i + 5] << 8) + src[i + 6], (src[i + 7] << 8) + src[i + 8]
-            if marker > 0xC1 or src[i + 4] != 8 or (n != 1 and n != 3):
+            if marker > 0xC1 or src[p] != 8 or (n != 1 and n != 3):
                 return UNKNOWN
-            info[H_SAMP], info[V_SAMP] = src[i + 11] >> 4, src[i + 11] & 15
+            info[COMPONENTS], info[H_SAMP], info[V_SAMP] = n, src[i + 11] >> 4, src[i + 11] & 15
             if n == 1:
-                info[H_SAMP], info[V_SAMP], info[SUBSAMP] = 1, 1, GRAY
-            elif (src[i + 10] != 82 and src[i + 14] == 0x11 and src[i + 17] == 0x11  # a component named R is red
-                  and 1 <= info[H_SAMP] <= 2 and 1 <= info[V_SAMP] <= 2):
-                info[SUBSAMP] = ((S444, S440), (S422, S420))[info[H_SAMP] - 1][info[V_SAMP] - 1]
-        elif marker == 0xEE and length >= 14 and src[i + 4] == 65 and src[i + 15] == 0:
-            adobe_rgb = True  # Adobe's mark with transform 0: three planes are R, G, B
-        elif marker == 0xDD:
-            info[INTERVAL] = (src[i + 4] << 8) + src[i + 5]
+                info[H_SAMP], info[V_SAMP] = 1, 1
+            elif src[i + 14] != 0x11 or src[i + 17] != 0x11 or not (1 <= info[H_SAMP] <= 2 and 1 <= info[V_SAMP] <= 2):
+                return UNKNOWN
+            rgb = rgb or src[i + 10] == 82  # a component named R is red
+            for c in range(n):
+                info[QUANT + c] = src[i + 12 + 3 * c] & 3
+                names = names << 8 | src[i + 10 + 3 * c]
+        elif marker == 0xEE and length >= 14 and src[p] == 65 and src[p + 11] == 0:
+            rgb = True  # Adobe's mark with transform 0
+        elif marker == 0xDD and length >= 4:
+            info[INTERVAL] = (src[p] << 8) + src[p + 1]
         elif marker == 0xDA:  # SOS: the entropy-coded data follow
-            info[SCAN] = i + 2 + length
-            if adobe_rgb and info[COMPONENTS] == 3:
-                info[SUBSAMP] = OTHER
-            return OK if info[SOF] > 0 and src[i + 4] == info[COMPONENTS] else UNKNOWN
-        i += 2 + length
+            info[SCAN], n, theirs = end, info[COMPONENTS], 0
+            if n == 0 or length < 6 + 2 * n or src[p] != n or (rgb and n == 3):
+                return UNKNOWN
+            for c in range(n):
+                theirs = theirs << 8 | src[p + 1 + 2 * c]
+                info[DC + c], info[AC + c] = src[p + 2 + 2 * c] >> 4, 2 + (src[p + 2 + 2 * c] & 15)
+                needed = 16 << info[QUANT + c] | 1 << info[DC + c] | 1 << info[AC + c]
+                if info[DC + c] > 1 or info[AC + c] > 3 or info[TABLES] & needed != needed:
+                    return BROKEN
+            return OK if names == theirs else UNKNOWN
+        i = end
     return BROKEN
 
 
 @njit(nogil=True, cache=True)
-def find_intervals(src, size, info, starts):
-    """Offsets of the restart intervals into starts, and one past EOI after the last; returns how many, -1 if damaged."""
+def find_intervals(src, size, info, starts, needed):
+    """Offsets of the first `needed` restart intervals into starts, and of what follows the marker behind the last.
+
+    Returns how many there are up to there, -1 where the markers are not in sequence.
+    """
     base, i, n = src.ctypes.data, info[SCAN], 0
     starts[0] = i
-    while i < size - 1:
+    while n < needed and i < size - 1:
         found = memchr(base + i, 0xFF, size - 1 - i)
         if found == 0:
             return -1
         i = found - base
         marker = src[i + 1]
-        if marker == 0xFF:
-            i += 1
-            continue
-        i += 2
-        if marker == 0:
-            continue
-        n += 1
-        if n >= starts.size:
-            return -1
-        starts[n] = i
-        if marker == 0xD9:
-            return n
-        if marker != 0xD0 + ((n - 1) & 7):
-            return -1
-    return -1
+        i += 1 if marker == 0xFF else 2
+        if marker != 0 and marker != 0xFF:
+            n += 1
+            starts[n] = i
+            if marker == 0xD9:
+                return n
+            if marker != 0xD0 + ((n - 1) & 7):
+                return -1
+    return n
 
 
 @njit(nogil=True, cache=True)
-def splice(src, info, starts, row0, row1, col0, col1, dst):
-    """A JPEG of MCU rows row0..row1 and, in each, restart intervals col0..col1; returns its size.
-
-    Reference: the same crop of the whole picture's decode.
-    """
-    mcu_w, mcu_h, k = 8 * info[H_SAMP], 8 * info[V_SAMP], info[INTERVAL]
-    per_row = (info[WIDTH] + mcu_w - 1) // mcu_w // k
-    height = min(info[HEIGHT], row1 * mcu_h) - row0 * mcu_h
-    width = min(info[WIDTH], col1 * k * mcu_w) - col0 * k * mcu_w
-    to, frm, o = dst.ctypes.data, src.ctypes.data, info[SCAN]
-    memcpy(to, frm, o)
-    s = info[SOF]
-    dst[s], dst[s + 1], dst[s + 2], dst[s + 3] = height >> 8, height & 255, width >> 8, width & 255
-    n = 0
-    for row in range(row0, row1):
-        first, last = row * per_row + col0, row * per_row + col1
-        memcpy(to + o, frm + starts[first], starts[last] - starts[first])
-        for j in range(first + 1, last + 1):  # each interval brings the marker behind it, which counts modulo 8
-            at = o + starts[j] - starts[first]
-            dst[at - 2], dst[at - 1] = 0xFF, 0xD0 + (n & 7)
-            n += 1
-        o += starts[last] - starts[first]
-    dst[o - 1] = 0xD9
+def unstuff(src, start, end, clean):
+    """Copies entropy-coded data without the zero that JPEG puts behind each 0xFF; returns the size."""
+    frm, to, o = src.ctypes.data, clean.ctypes.data, 0
+    while start < end:
+        found = memchr(frm + start, 0xFF, end - start)
+        n = end - start if found == 0 else found - frm - start + 1
+        memcpy(to + o, frm + start, n)
+        o += n
+        start += n + 1
     return o
 
 
 @njit(nogil=True, cache=True)
-def cut(src, size, width, height, x, y, w, h, margin, scratch):
-    """Makes the smallest JPEG that holds the box and `margin` pixels around it.
+def long_code(word, table):
+    """(bits, symbol) of a code that the look-up table has no value for; 0 bits if it is none."""
+    e = load_int32(table + 4 * PREFIXES + (np.int64(word >> np.uint64(64 - PREFIX)) << 2))
+    if e != 0:
+        return e & 255, e >> 8
+    top, limits = np.int64(word >> np.uint64(48)), table + 8 * PREFIXES
+    for length in range(PREFIX + 1, 17):
+        if top < load_int32(limits + 4 * length):
+            return length, load_int32(limits + 160 + 4 * (load_int32(limits + 80 + 4 * length) + (top >> (16 - length))))
+    return 0, 0
 
-    Returns (code, address, size, x0, y0, width, height) of that JPEG and of the part of the picture that it shows. A
-    file without usable restart markers comes back whole.
-    """
-    info, base = scratch.info, src.ctypes.data
-    code = parse_jpeg(src, size, info)
-    if code == BROKEN or info[SOF] == 0:
-        return BROKEN, base, size, 0, 0, width, height
-    if info[WIDTH] != width or info[HEIGHT] != height:
-        return OTHER_SIZE, base, size, 0, 0, width, height
-    if code == UNKNOWN:
-        info[SUBSAMP] = OTHER
-        return OK, base, size, 0, 0, width, height
-    mcu_w, mcu_h, k = 8 * info[H_SAMP], 8 * info[V_SAMP], info[INTERVAL]
-    across, down = (width + mcu_w - 1) // mcu_w, (height + mcu_h - 1) // mcu_h
-    if info[SUBSAMP] == OTHER or k == 0 or across % k != 0:
-        return OK, base, size, 0, 0, width, height
-    if across // k * down >= scratch.starts.size:
-        return OTHER_SIZE, base, size, 0, 0, width, height
-    if find_intervals(src, size, info, scratch.starts) != across // k * down:
-        return BROKEN, base, size, 0, 0, width, height
-    row0, row1 = max(0, y - margin) // mcu_h, (min(height, y + h + margin) + mcu_h - 1) // mcu_h
-    wide = mcu_w * k
-    col0, col1 = max(0, x - margin) // wide, (min(width, x + w + margin) + wide - 1) // wide
-    n = splice(src, info, scratch.starts, row0, row1, col0, col1, scratch.jpeg)
-    x0, y0 = col0 * wide, row0 * mcu_h
-    return OK, scratch.jpeg.ctypes.data, n, x0, y0, min(width, col1 * wide) - x0, min(height, row1 * mcu_h) - y0
+
+FAILED = 1 << 40  # no DC value
 
 
 @njit(nogil=True, cache=True)
-def decode_rgb(src, size, width, height, x, y, w, h, scratch):
-    """Decodes the box to interleaved RGB in scratch.planes; returns (code, offset of the box's corner, row stride).
+def decode_block(word, bits, at, dc, ac, last, order, coefs):
+    """Decodes one block's 64 coefficients, dequantised, to int16 at coefs: ITU-T T.81, annex F.
 
-    Reference: a full libjpeg-turbo decode, cropped. Chroma upsampling looks one chroma sample (two pixels) past the box.
+    The next bits stand at the top of word, `bits` of them, the others at address `at`; dc, ac, order are addresses of
+    tables, last is the DC value before. Returns (word, bits, at, DC value or FAILED). Reads at most 250 bytes too far.
     """
-    code, jpeg, n, x0, y0, pw, ph = cut(src, size, width, height, x, y, w, h, 2, scratch)
-    if code != OK:
-        return code, 0, 0
-    to, mcu_w = scratch.planes.ctypes.data, 8 * scratch.info[H_SAMP]
-    if pw == width and ph == height and w * h < width * height and scratch.info[SUBSAMP] != OTHER and scratch.tj[1]:
-        # A whole file and a library that crops: rows above and below are only entropy-decoded.
-        x0 = max(0, x - mcu_w) // mcu_w * mcu_w
-        y0 = max(0, y - 2)
-        pw, ph = min(width - x0, x + w + mcu_w - x0), min(height - y0, y + h + 2 - y0)
-        bad = (tj3_header(scratch.tj[0], jpeg, n) != 0 or tj3_crop(scratch.tj[0], x0 | (y0 << 32), pw | (ph << 32)) != 0
-               or tj3_rgb(scratch.tj[0], jpeg, n, to, 3 * pw, 0) != 0)
-        tj3_crop(scratch.tj[0], 0, 0)
-        if bad:
-            return BROKEN, 0, 0
-    elif tj_rgb(scratch.tj[0], jpeg, n, to, pw, 3 * pw, ph, 0, STOP_ON_WARNING) != 0:
-        return (UNKNOWN if scratch.info[SUBSAMP] == OTHER else BROKEN), 0, 0
-    return OK, 3 * ((y - y0) * pw + x - x0), 3 * pw
+    shift = np.uint64(64 - PREFIX)
+    word |= load_big_endian(at) >> np.uint64(bits)  # refill to at least 56 bits
+    at += (63 - bits) >> 3
+    bits |= 56
+    e = load_int32(dc + (np.int64(word >> shift) << 2))
+    n, size = e & 255, 0
+    if e == 0:
+        n, size = long_code(word, dc)
+        if n == 0:
+            return word, bits, at, FAILED
+    word <<= np.uint64(n)
+    last += e >> 16
+    if size > 0:
+        v = np.int64(word >> np.uint64(64 - size))
+        last += v if v >> (size - 1) else v - (1 << size) + 1
+        word <<= np.uint64(size)
+    bits -= n + size
+    store_int16(coefs, last * load_int32(order + 4))
+    k = 1
+    while True:
+        word |= load_big_endian(at) >> np.uint64(bits)
+        at += (63 - bits) >> 3
+        bits |= 56
+        e = 1
+        for _ in range(56 // PREFIX):  # as many as a refill lasts for
+            e = load_int32(ac + (np.int64(word >> shift) << 2))
+            if e == 0:
+                break
+            word <<= np.uint64(e & 63)
+            bits -= e & 63
+            k += (e >> 8) & 255
+            if k > 63:
+                return word, bits, at, last if k >= 128 else FAILED
+            store_int16(coefs + load_int32(order + 8 * k), (e >> 16) * load_int32(order + 8 * k + 4))
+            k += 1
+            if k == 64:
+                return word, bits, at, last
+        if e != 0:
+            continue
+        word |= load_big_endian(at) >> np.uint64(bits)
+        at += (63 - bits) >> 3
+        bits |= 56
+        n, symbol = long_code(word, ac)
+        size = symbol & 15
+        word <<= np.uint64(n)
+        bits -= n + size
+        if n == 0:
+            return word, bits, at, FAILED
+        if size == 0 and symbol != 0xF0:
+            return word, bits, at, last
+        k += symbol >> 4
+        if k > 63:
+            return word, bits, at, FAILED
+        if size > 0:
+            v = np.int64(word >> np.uint64(64 - size))
+            v = v if v >> (size - 1) else v - (1 << size) + 1
+            word <<= np.uint64(size)
+            store_int16(coefs + load_int32(order + 8 * k), v * load_int32(order + 8 * k + 4))
+        k += 1
+        if k == 64:
+            return word, bits, at, last
+
+
+F, U = np.float32, np.uint64  # unsigned indices: numba tests signed ones for wrapping around
+# sqrt(2) cos(k pi / 16) and their sums: Loeffler, Ligtenberg and Moschytz, ICASSP 1989, figure 1
+C = tuple(np.float32(c) for c in (0.541196100, 1.847759065, 0.765366865, 1.175875602, 0.899976223, 2.562915447,
+                                  1.961570560, 0.390180644, 0.298631336, 2.053119869, 3.072711026, 1.501321110))
+
+
+@njit(nogil=True, cache=True, inline="always")
+def dct8(a0, a1, a2, a3, a4, a5, a6, a7):
+    """Inverse DCT of eight values, times sqrt(8)."""
+    z = (a2 + a6) * C[0]
+    t2, t3 = z - a6 * C[1], z + a2 * C[2]
+    t0, t1 = a0 + a4, a0 - a4
+    e0, e1, e2, e3 = t0 + t3, t1 + t2, t1 - t2, t0 - t3
+    z3, z4 = a7 + a3, a5 + a1
+    z = (z3 + z4) * C[3]
+    z1, z2, z3, z4 = (a7 + a1) * C[4], (a5 + a3) * C[5], z - z3 * C[6], z - z4 * C[7]
+    o0, o1, o2, o3 = a7 * C[8] - z1 + z3, a5 * C[9] - z2 + z4, a3 * C[10] - z2 + z3, a1 * C[11] - z1 + z4
+    return e0 + o3, e1 + o2, e2 + o1, e3 + o0, e3 - o0, e2 - o1, e1 - o2, e0 - o3
+
+
+@njit(nogil=True, cache=True, inline="always")
+def to_byte(v):
+    return np.uint8(np.int32(min(max(v, F(0)), F(255))))
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def inverse_dct(coefs, first, n, work, dst, offset, stride):
+    """n neighbouring blocks of coefficients, each LANES apart, to eight rows of pixels.
+
+    Both passes run across blocks, so that every loop vectorises and nothing is transposed. Always does whole groups of
+    eight blocks: dst has room for them. Reference: libjpeg-turbo's accurate integer transform, to one level.
+    """
+    blocks, L = U((n + 7) // 8 * 8), U(LANES)
+    for c in range(U(8)):
+        i, o = U(first) + c * L, c * U(8) * L
+        for b in range(blocks):
+            (work[o + b], work[o + L + b], work[o + U(2) * L + b], work[o + U(3) * L + b], work[o + U(4) * L + b],
+             work[o + U(5) * L + b], work[o + U(6) * L + b], work[o + U(7) * L + b]) = dct8(
+                F(coefs[i + b]), F(coefs[i + U(8) * L + b]), F(coefs[i + U(16) * L + b]), F(coefs[i + U(24) * L + b]),
+                F(coefs[i + U(32) * L + b]), F(coefs[i + U(40) * L + b]), F(coefs[i + U(48) * L + b]),
+                F(coefs[i + U(56) * L + b]))
+    for r in range(U(8)):
+        i, o = r * L, U(offset) + r * U(stride)
+        for b in range(blocks):
+            p0, p1, p2, p3, p4, p5, p6, p7 = dct8(  # 1028 / 8 = 128, JPEG's zero, and a half to round
+                work[i + b] + F(1028), work[i + U(8) * L + b], work[i + U(16) * L + b], work[i + U(24) * L + b],
+                work[i + U(32) * L + b], work[i + U(40) * L + b], work[i + U(48) * L + b], work[i + U(56) * L + b])
+            d, e = o + U(8) * b, F(0.125)
+            dst[d], dst[d + U(1)], dst[d + U(2)], dst[d + U(3)] = (to_byte(p0 * e), to_byte(p1 * e), to_byte(p2 * e),
+                                                                   to_byte(p3 * e))
+            dst[d + U(4)], dst[d + U(5)], dst[d + U(6)], dst[d + U(7)] = (to_byte(p4 * e), to_byte(p5 * e),
+                                                                          to_byte(p6 * e), to_byte(p7 * e))
 
 
 @njit(nogil=True, cache=True)
-def decode_planes(src, size, width, height, x, y, w, h, denom, scratch):
-    """Decodes the box to Y, Cb, Cr planes at 1/denom of the size, without upsampling or colour conversion.
+def flush(row, column, n, horizontal, vertical, components, scratch):
+    """n MCUs' coefficients become pixels of the planes, at an MCU row and column of theirs, and are cleared."""
+    planes, plane, size = scratch.planes, scratch.plane, 64 * LANES
+    for v in range(vertical):
+        inverse_dct(scratch.coefs, v * size, n * horizontal, scratch.work, planes,
+                    plane[0, 0] + (row * vertical + v) * 8 * plane[0, 1] + 8 * horizontal * column, plane[0, 1])
+    for c in range(1, components):
+        inverse_dct(scratch.coefs, (1 + c) * size, n, scratch.work, planes,
+                    plane[c, 0] + row * 8 * plane[c, 1] + 8 * column, plane[c, 1])
+    scratch.coefs[:] = 0
+
+
+@njit(nogil=True, cache=True)
+def decode_planes(src, size, width, height, x, y, w, h, scratch):
+    """Decodes the MCUs that the box touches to Y, Cb, Cr planes, without upsampling or colour conversion.
 
     scratch.plane[c] becomes (offset in scratch.planes, row stride, first column, first row, pixels a sample is wide and
-    high, denom).
-    Returns a code of REASONS, or -1 where only decode_rgb can do it.
+    high). Where restart intervals divide the rows, nothing but the intervals that the box touches is decoded; else all
+    that lies before its end. Returns a code of REASONS. Reference: libjpeg-turbo's planes of the whole picture.
     """
-    code, jpeg, n, x0, y0, pw, ph = cut(src, size, width, height, x, y, w, h, 0, scratch)
+    info, plane = scratch.info, scratch.plane
+    code = parse_jpeg(src, size, info, scratch.tables, scratch.orders)
+    if code != BROKEN and (info[WIDTH] != width or info[HEIGHT] != height):
+        return OTHER_SIZE if info[HEIGHT] > 0 else BROKEN
     if code != OK:
         return code
-    info = scratch.info
-    if info[SUBSAMP] == OTHER:
-        return -1
-    pw, ph, at = (pw + denom - 1) // denom, (ph + denom - 1) // denom, 0
-    for c in range(1 if info[SUBSAMP] == GRAY else 3):
-        sx, sy = (1, 1) if c == 0 else (info[H_SAMP], info[V_SAMP])
-        stride = ((pw + info[H_SAMP] - 1) // sx + 63) // 64 * 64
-        scratch.addresses[c], scratch.strides[c] = scratch.planes.ctypes.data + at, stride
-        plane = scratch.plane[c]
-        plane[0], plane[1], plane[2], plane[3], plane[4], plane[5], plane[6] = at, stride, x0, y0, sx, sy, denom
-        at += stride * ((ph + info[V_SAMP] - 1) // sy + 1)
-    if tj_planes(scratch.tj[0], jpeg, n, scratch.addresses.ctypes.data, pw, scratch.strides.ctypes.data, ph,
-                 STOP_ON_WARNING) != 0:
+    components, horizontal, vertical, k = info[COMPONENTS], info[H_SAMP], info[V_SAMP], info[INTERVAL]
+    mcu_w, mcu_h = 8 * horizontal, 8 * vertical
+    across, down = (width + mcu_w - 1) // mcu_w, (height + mcu_h - 1) // mcu_h
+    row0, row1, col0, col1 = y // mcu_h, (y + h + mcu_h - 1) // mcu_h, x // mcu_w, (x + w + mcu_w - 1) // mcu_w
+    first_row, first, last = 0, 0, across
+    if k > 0 and across % k == 0:
+        first_row, first, last = row0, col0 // k * k, (col1 + k - 1) // k * k
+    k = k if k > 0 else across * down
+    needed = ((row1 - 1) * across + last + k - 1) // k
+    if needed >= scratch.starts.size:
+        return OTHER_SIZE
+    if find_intervals(src, size, info, scratch.starts, needed) != needed:
+        return BROKEN
+    at = 0
+    for c in range(components):
+        p, sx, sy = plane[c], (1 if c == 0 else horizontal), (1 if c == 0 else vertical)
+        p[0], p[1], p[2], p[3] = at, ((col1 - col0) * mcu_w // sx + 63) // 64 * 64, col0 * mcu_w, row0 * mcu_h
+        p[4], p[5] = sx, sy
+        at += p[1] * (row1 - row0) * mcu_h // sy
+    tables, orders = scratch.tables.ctypes.data, scratch.orders.ctypes.data
+    lanes, unseen, block_row = scratch.coefs.ctypes.data, scratch.coefs.ctypes.data + 2 * (LANES - 2), 128 * LANES
+    scratch.coefs[:] = 0
+    word, bits, at, begin, n, dc0, dc1, dc2 = U(0), 0, 0, 0, 0, 0, 0, 0
+    for row in range(first_row, row1):
+        done, flushed = 0, 0  # MCUs of this row, and how many of them are pixels already
+        for column in range(first, last):
+            count = row * across + column
+            if count % k == 0:  # a new interval
+                n = unstuff(src, scratch.starts[count // k], scratch.starts[count // k + 1] - 2, scratch.clean)
+                begin = scratch.clean.ctypes.data
+                word, bits, at, dc0, dc1, dc2 = U(0), 0, begin, 0, 0, 0
+            seen = row >= row0 and col0 <= column < col1
+            luma = lanes + 2 * (done - flushed) * horizontal if seen else unseen
+            chroma = lanes + 2 * (done - flushed) if seen else unseen
+            for v in range(vertical):
+                for i in range(horizontal):
+                    word, bits, at, dc0 = decode_block(
+                        word, bits, at, tables + 4 * TABLE * info[DC], tables + 4 * TABLE * info[AC], dc0,
+                        orders + 512 * info[QUANT], luma + v * block_row + 2 * i)
+            if components == 3:
+                word, bits, at, dc1 = decode_block(
+                    word, bits, at, tables + 4 * TABLE * info[DC + 1], tables + 4 * TABLE * info[AC + 1], dc1,
+                    orders + 512 * info[QUANT + 1], chroma + 2 * block_row)
+                word, bits, at, dc2 = decode_block(
+                    word, bits, at, tables + 4 * TABLE * info[DC + 2], tables + 4 * TABLE * info[AC + 2], dc2,
+                    orders + 512 * info[QUANT + 2], chroma + 3 * block_row)
+            left = 8 * n - (8 * (at - begin) - bits)  # bits behind this MCU: an interval ends within a byte
+            ends = count % k == k - 1 or count == across * down - 1
+            if left < 0 or (ends and left > 7) or dc0 >= FAILED or dc1 >= FAILED or dc2 >= FAILED:
+                return BROKEN
+            if seen:
+                done += 1
+                if done - flushed == CHUNK or column == col1 - 1:
+                    flush(row - row0, flushed, done - flushed, horizontal, vertical, components, scratch)
+                    flushed = done
+    return OK
+
+
+@njit(nogil=True, cache=True)
+def decode_rgb(src, size, width, height, scratch):
+    """Decodes a whole JPEG of any kind by libjpeg-turbo to interleaved RGB in scratch.planes; a code of REASONS."""
+    to, info = scratch.planes.ctypes.data, scratch.info
+    parse_jpeg(src, size, info, scratch.tables, scratch.orders)
+    if info[WIDTH] != width or info[HEIGHT] != height:  # the size that scratch was made for
+        return OTHER_SIZE if info[HEIGHT] > 0 else BROKEN
+    if tj_rgb(scratch.tj[0], src.ctypes.data, size, to, width, 3 * width, height, 0, STOP_ON_WARNING) != 0:
         return BROKEN
     return OK
 
@@ -470,10 +703,11 @@ def transpose(src, src_stride, rows, cols, dst, dst_stride):
 @njit(nogil=True, cache=True)
 def resize_plane(planes, plane, x, y, w, h, res, bicubic, flip, dst, scratch):
     """Resizes the box (full-size pixels) of one plane to res x res in dst, whose row stride is scratch.a's: 8-aligned."""
-    offset, stride, x0, y0, step_x, step_y, denom = plane[0], plane[1], plane[2], plane[3], plane[4], plane[5], plane[6]
-    left, right, top, bottom = (x - x0) / denom, (x + w - x0) / denom, (y - y0) / denom, (y + h - y0) / denom
-    col0, col1 = int(math.floor(left / step_x)), int(math.ceil(right / step_x))
-    row0, row1 = int(math.floor(top / step_y)), int(math.ceil(bottom / step_y))
+    offset, stride, step_x, step_y = plane[0], plane[1], plane[4], plane[5]
+    left, top = x - plane[2], y - plane[3]
+    right, bottom = left + w, top + h
+    col0, col1 = left // step_x, (right + step_x - 1) // step_x
+    row0, row1 = top // step_y, (bottom + step_y - 1) // step_y
     cols = col1 - col0
     wide, out8 = (cols + 7) // 8 * 8, (res + 7) // 8 * 8
     taps = count_taps(bottom - top, res, bicubic, step_y)
@@ -514,26 +748,26 @@ def write_rgb(p, n, stride, res, ycc, out):
 
 
 # --- kernels: one sample, and the loop that every thread runs
-Scratch = namedtuple("Scratch", "tj info starts raw jpeg planes split plane addresses strides first weights acc a b "
-                                "resized")
+Scratch = namedtuple("Scratch", "tj info starts raw clean tables orders coefs work planes plane split first weights acc "
+                                "a b resized")
 Job = namedtuple("Job", "fd modes widths heights ptrs sizes ids draws control done addresses status "
                         "train res batch_size bicubic seed epoch scale ratio hflip crop_ratio")
 NEXT, LIMIT = 0, 1  # control: the next ticket (position in the epoch) to hand out, and the first that must wait
 
 
 def make_scratch(max_bytes, max_width, max_height, res):
-    """One thread's memory, sized once for the file's largest sample; tj = (decoder handle, library can crop)."""
+    """One thread's memory, sized once for the file's largest sample; tj holds libjpeg-turbo's handle."""
     wide, tall, out8 = max_width + 128, max_height + 32, (res + 7) // 8 * 8
     side = (max(wide, tall) + 7) // 8 * 8
 
     def empty(*shape):
         return np.empty(shape, np.uint8)
-    return Scratch(np.array([create_decoder(), _bound[0][1]]), np.zeros(16, np.int64),
-                   np.empty((wide // 8) * (tall // 8) + 2, np.int64), empty(max_bytes + 64), empty(max_bytes + 64),
-                   empty(3 * wide * tall), empty(3 * wide * tall), np.zeros((3, 7), np.int64), np.zeros(3, np.int64),
-                   np.zeros(3, np.int32), np.empty(res, np.int64), np.empty(4 * side + 8 * res, np.float32),
-                   np.empty(side + out8, np.float32), empty((side + out8) * out8), empty((side + out8) * out8),
-                   empty(3, out8 * out8))
+    return Scratch(np.array([create_decoder()]), np.zeros(17, np.int64), np.empty((wide // 8) * (tall // 8) + 2, np.int64),
+                   empty(max_bytes + 64), empty(max_bytes + 2048), np.empty((4, TABLE), np.int32),
+                   np.empty((4, 128), np.int32), np.empty(4 * 64 * LANES, np.int16), np.empty(64 * LANES, np.float32),
+                   empty(3 * wide * tall), np.zeros((3, 6), np.int64), empty(3 * wide * tall), np.empty(res, np.int64),
+                   np.empty(4 * side + 8 * res, np.float32), np.empty(side + out8, np.float32),
+                   empty((side + out8) * out8), empty((side + out8) * out8), empty(3, out8 * out8))
 
 
 @njit(cache=True)
@@ -546,46 +780,36 @@ def destroy_decoder(handle):
     tj_destroy(handle)
 
 
-SCALED_FROM = 8  # from this many times the output on, libjpeg-turbo's scaled decode leaves the filter a factor of 4
-
-
 @njit(nogil=True, cache=True)
 def resized_crop(src, size, mode, width, height, x, y, w, h, res, bicubic, flip, out, scratch):
     """Decodes, crops, resizes and flips one stored sample into out, res * res * 3 bytes of interleaved RGB.
 
     Reference: Pillow's decode, crop, resize. Returns a code of REASONS.
     """
-    planes, code, ycc = scratch.planes, -1, True
+    planes, rgb, ycc, components = scratch.planes, src, True, 3
     if mode == 0:
-        denom = 1
-        while denom < 8 and min(w, h) >= SCALED_FROM * denom * res:  # libjpeg-turbo's scaled decode antialiases by itself
-            denom *= 2
-        code = decode_planes(src, size, width, height, x, y, w, h, denom, scratch)
-    if code > OK:
-        return code
-    n = 1 if mode == 0 and scratch.info[SUBSAMP] == GRAY else 3
-    if code < 0:  # interleaved RGB, stored so or decoded so: take it apart
-        ycc, offset, stride = False, 3 * (y * width + x), 3 * width
-        rgb, wide = src, (w + 63) // 64 * 64
-        if mode == 0:
-            code, offset, stride = decode_rgb(src, size, width, height, x, y, w, h, scratch)
-            if code != OK:
-                return code
-            rgb = scratch.planes
-        elif size != 3 * width * height:
-            return OTHER_SIZE
-        planes = scratch.split
+        code = decode_planes(src, size, width, height, x, y, w, h, scratch)
+        components = scratch.info[COMPONENTS]
+        if code == UNKNOWN:
+            code, rgb, ycc, components = decode_rgb(src, size, width, height, scratch), scratch.planes, False, 3
+        if code != OK:
+            return code
+    elif size != 3 * width * height:
+        return OTHER_SIZE
+    else:
+        ycc = False
+    if not ycc:  # interleaved RGB, stored so or decoded so: take it apart
+        planes, wide = scratch.split, (w + 63) // 64 * 64
         for c in range(3):
-            at = c * wide * h
             for row in range(h):
-                line, to = rgb[offset + row * stride + c:][:3 * w], planes[at + row * wide:][:w]
+                line, to = rgb[3 * ((y + row) * width + x) + c:][:3 * w], planes[(c * h + row) * wide:][:w]
                 for i in range(w):
                     to[i] = line[3 * i]
-            plane = scratch.plane[c]
-            plane[0], plane[1], plane[2], plane[3], plane[4], plane[5], plane[6] = at, wide, x, y, 1, 1, 1
-    for c in range(n):
+            p = scratch.plane[c]
+            p[0], p[1], p[2], p[3], p[4], p[5] = c * h * wide, wide, x, y, 1, 1
+    for c in range(components):
         resize_plane(planes, scratch.plane[c], x, y, w, h, res, bicubic, flip, scratch.resized[c], scratch)
-    write_rgb(scratch.resized, n, (res + 7) // 8 * 8, res, ycc, out)
+    write_rgb(scratch.resized, components, (res + 7) // 8 * 8, res, ycc, out)
     return OK
 
 
@@ -627,22 +851,6 @@ def fill(job, scratch):
         size = min(job.batch_size, n - batch * job.batch_size)
         if atomic_add(job.done.ctypes.data + 8 * slot, 1) + 1 == size:
             return batch
-
-
-@njit(nogil=True, cache=True)
-def read_rgb(src, size, mode, width, height, x, y, w, h, out, scratch):
-    """Copies the box of a stored sample, unresized, into out (h, w, 3); returns a code of REASONS."""
-    offset, stride, rgb = 3 * (y * width + x), 3 * width, src
-    if mode == 0:
-        code, offset, stride = decode_rgb(src, size, width, height, x, y, w, h, scratch)
-        if code != OK:
-            return code
-        rgb = scratch.planes
-    elif size != 3 * width * height:
-        return OTHER_SIZE
-    for row in range(h):
-        out[row] = rgb[offset + row * stride:][:3 * w].reshape((w, 3))
-    return OK
 
 
 # --- reader
@@ -738,18 +946,22 @@ class BetonReader:
         return data
 
     def image(self, i, box=None):
-        """Sample i, or its box (x, y, w, h), as uint8 (h, w, 3). DataError names the sample when it is damaged."""
+        """Sample i, or its box (x, y, w, h), as uint8 (h, w, 3), decoded by libjpeg-turbo. DataError names the sample when it is damaged."""
         width, height = int(self.widths[i]), int(self.heights[i])
         x, y, w, h = box or (0, 0, width, height)
         if not (0 <= x and 0 <= y and 0 < w <= width - x and 0 < h <= height - y):
             raise ValueError(f"{self.path}: box {box} is not inside sample {i}, {width}x{height}")
-        src, out = np.frombuffer(bytearray(self.read(i)), np.uint8), np.empty((h, w, 3), np.uint8)
-        scratch = make_scratch(len(src), width, height, 8)
-        code = read_rgb(src, len(src), self.modes[i], width, height, x, y, w, h, out, scratch)
-        destroy_decoder(scratch.tj[0])
+        src, code = np.frombuffer(bytearray(self.read(i)), np.uint8), OK
+        pixels = src
+        if self.modes[i] == 0:
+            scratch = make_scratch(len(src), width, height, 8)
+            code, pixels = decode_rgb(src, len(src), width, height, scratch), scratch.planes[:3 * width * height]
+            destroy_decoder(scratch.tj[0])
+        elif len(src) != 3 * width * height:
+            code = OTHER_SIZE
         if code != OK:
             raise DataError(f"{self.path}: sample {i}: {REASONS[code]}")
-        return out
+        return pixels.reshape(height, width, 3)[y:y + h, x:x + w].copy()
 
     def close(self):
         self.file.close()
@@ -1017,7 +1229,7 @@ class _Pictures(torch.utils.data.Dataset):
         picture = F.resized_crop(picture, y, x, h, w, [self.res, self.res], InterpolationMode(self.interpolation))
         if self.train and uniform(self.seed, self.epoch, position, FLIP_DRAW) < self.hflip:
             picture = F.hflip(picture)
-        if self.train and self.transform:  # timm's RandAug draws from these two generators, of this worker process alone
+        if self.train and self.transform:  # timm's RandAug draws from these two generators, this worker process's own
             number = int(uniform(self.seed, self.epoch, position, FLIP_DRAW + 1) * 2 ** 32)
             random.seed(number)
             np.random.seed(number)

@@ -3,6 +3,7 @@
 Tests draw their own pictures; with DAILYMAE_PHOTOS naming a folder of class folders they use real photos as well.
 Everything is compared with something independent: Pillow, stock ffcv, torch in float64, the paper's tables.
 """
+import ctypes
 import io
 import json
 import math
@@ -324,26 +325,46 @@ def test_build_demo_draws_the_same_again(tmp_path):
 
 
 # --- essl_loader
+def planes_of(jpeg, width, height, subsampling):
+    """Y, Cb, Cr of the whole picture by libjpeg-turbo's tjDecompressToYUVPlanes, called with plain ctypes."""
+    lib = essl_loader.load_turbojpeg()
+    lib.tjInitDecompress.restype = ctypes.c_void_p
+    handle = ctypes.c_void_p(lib.tjInitDecompress())
+    h, v = {2: (2, 2), 1: (2, 1), 0: (1, 1), "gray": (1, 1)}[subsampling]
+    shapes = [(-(-height // v) * v, -(-width // h) * h)] + [(-(-height // v), -(-width // h))] * (subsampling != "gray") * 2
+    planes = [np.zeros(shape, np.uint8) for shape in shapes]
+    pointers = (ctypes.c_void_p * 3)(*[p.ctypes.data for p in planes])
+    assert lib.tjDecompressToYUVPlanes(handle, jpeg, ctypes.c_ulong(len(jpeg)), pointers, 0, None, 0, 0) == 0
+    lib.tjDestroy(handle)
+    return planes
+
+
 @pytest.mark.parametrize("subsampling", [2, 0, 1, "gray"])
 @pytest.mark.parametrize("restart", [True, False])
 def test_loader_crop_decode_equals_crop_of_full_decode(tmp_path, subsampling, restart):
     """Random boxes, odd sizes, every sampling: at most one level from libjpeg-turbo's full decode, edges included."""
-    rng, sizes = np.random.default_rng(3), [(1, 1), (1000, 3), (3, 1000), (17, 16), (33, 31), (368, 200), (333, 250), (65, 129)]
-    items = []
-    for width, height in sizes:
+    rng, items = np.random.default_rng(3), []
+    for width, height in [(1, 1), (1000, 3), (3, 1000), (17, 16), (33, 31), (368, 200), (333, 250), (65, 129), (1100, 40)]:
         noise = Image.fromarray(rng.integers(0, 256, (height // 7 + 2, width // 7 + 2, 3), dtype=np.uint8))
         picture = noise.resize((width, height), Image.Resampling.BICUBIC)
-        items.append((0, width, height, encode(picture.convert("L"), 0, restart) if subsampling == "gray"
-                      else encode(picture, subsampling, restart)))
+        jpeg = encode(*((picture.convert("L"), 0) if subsampling == "gray" else (picture, subsampling)), restart,
+                      quality=(95, 30, 100)[len(items) % 3])
+        items.append((0, width, height, jpeg))
     reader = BetonReader(write_beton(tmp_path / "sizes.beton", items))
     for i, (_, width, height, jpeg) in enumerate(items):
-        full = pixels(jpeg).astype(int)
-        assert np.abs(reader.image(i) - full).max() <= 1
-        for _ in range(12):
-            x, y = int(rng.integers(width)), int(rng.integers(height))
-            w, h = int(rng.integers(1, width - x + 1)), int(rng.integers(1, height - y + 1))
-            worst = np.abs(reader.image(i, (x, y, w, h)) - full[y:y + h, x:x + w]).max()
-            assert worst <= 1, ((width, height), (x, y, w, h), worst)
+        scratch = essl_loader.make_scratch(len(jpeg), width, height, 8)
+        stored, full = np.frombuffer(bytearray(jpeg), np.uint8), planes_of(jpeg, width, height, subsampling)
+        for trial in range(15):
+            x, y = (int(rng.integers(width)), int(rng.integers(height))) if trial else (0, 0)
+            w, h = (int(rng.integers(1, width - x + 1)), int(rng.integers(1, height - y + 1))) if trial else (width, height)
+            assert essl_loader.decode_planes(stored, len(jpeg), width, height, x, y, w, h, scratch) == essl_loader.OK
+            for (at, stride, x0, y0, sx, sy), expected in zip(scratch.plane, full):
+                top, bottom, left, right = y // sy, -(-(y + h) // sy), x // sx, -(-(x + w) // sx)
+                rows = (np.arange(top, bottom) - y0 // sy)[:, None]
+                got = scratch.planes[at + rows * stride + np.arange(left, right) - x0 // sx]
+                worst = np.abs(got.astype(int) - expected[top:bottom, left:right]).max()
+                assert worst <= 1, ((width, height), (x, y, w, h), worst)
+            assert np.abs(reader.image(i, (x, y, w, h)) - pixels(jpeg).astype(int)[y:y + h, x:x + w]).max() <= 1
 
 
 def compare_with_pillow(loader, picture_of, res, seed):
