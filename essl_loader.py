@@ -477,12 +477,14 @@ def inverse_dct(coefs, first, n, work, dst, offset, stride):
     blocks, L = U((n + 7) // 8 * 8), U(LANES)
     for c in range(U(8)):
         i, o = U(first) + c * L, c * U(8) * L
-        for b in range(blocks):
+        for b in range(blocks):  # the coefficients are cleared for the next blocks while they are in the cache
             (work[o + b], work[o + L + b], work[o + U(2) * L + b], work[o + U(3) * L + b], work[o + U(4) * L + b],
              work[o + U(5) * L + b], work[o + U(6) * L + b], work[o + U(7) * L + b]) = dct8(
                 F(coefs[i + b]), F(coefs[i + U(8) * L + b]), F(coefs[i + U(16) * L + b]), F(coefs[i + U(24) * L + b]),
                 F(coefs[i + U(32) * L + b]), F(coefs[i + U(40) * L + b]), F(coefs[i + U(48) * L + b]),
                 F(coefs[i + U(56) * L + b]))
+            coefs[i + b] = coefs[i + U(8) * L + b] = coefs[i + U(16) * L + b] = coefs[i + U(24) * L + b] = 0
+            coefs[i + U(32) * L + b] = coefs[i + U(40) * L + b] = coefs[i + U(48) * L + b] = coefs[i + U(56) * L + b] = 0
     for r in range(U(8)):
         i, o = r * L, U(offset) + r * U(stride)
         for b in range(blocks):
@@ -506,7 +508,6 @@ def flush(row, column, n, horizontal, vertical, components, scratch):
     for c in range(1, components):
         inverse_dct(scratch.coefs, (1 + c) * size, n, scratch.work, planes,
                     plane[c, 0] + row * 8 * plane[c, 1] + 8 * column, plane[c, 1])
-    scratch.coefs[:] = 0
 
 
 @njit(nogil=True, cache=True)
@@ -529,7 +530,7 @@ def decode_planes(src, size, width, height, x, y, w, h, scratch):
     row0, row1, col0, col1 = y // mcu_h, (y + h + mcu_h - 1) // mcu_h, x // mcu_w, (x + w + mcu_w - 1) // mcu_w
     first_row, first, last = 0, 0, across
     if k > 0 and across % k == 0:
-        first_row, first, last = row0, col0 // k * k, (col1 + k - 1) // k * k
+        first_row, first, last = row0, col0 // k * k, col1
     k = k if k > 0 else across * down
     needed = ((row1 - 1) * across + last + k - 1) // k
     if needed >= scratch.starts.size:
@@ -602,35 +603,30 @@ def filter_weights(box0, box1, out, bicubic, step, low, high, first, taps, weigh
     those of libjpeg-turbo's triangle upsampling and then the resize, in one. Samples outside low..high are not used.
     """
     scale = (box1 - box0) / out
-    wider = max(scale, 1.0)
-    support = (2.0 if bicubic else 1.0) * wider
+    narrower = min(1.0 / scale, 1.0)
+    support = (2.0 if bicubic else 1.0) / narrower
+    weights[:out * taps] = 0
     for i in range(out):
         center = box0 + (i + 0.5) * scale
-        start = max(int(math.floor(box0)), int(center - support + 0.5))
-        stop = min(int(math.ceil(box1)), int(center + support + 0.5))
+        start, stop = max(box0, int(center - support + 0.5)), min(box1, int(center + support + 0.5))
         f = start if step == 1 else max(low, (start - 1) >> 1)
-        first[i] = f
-        row = weights[i * taps:(i + 1) * taps]
-        row[:] = 0
-        total = 0.0
+        first[i], row, total = f, U(i * taps), 0.0
         for p in range(start, stop):
-            d = abs((p - center + 0.5) / wider)
-            v = 0.0
-            if not bicubic:
-                v = max(0.0, 1.0 - d)
-            elif d < 1.0:
-                v = (1.5 * d - 2.5) * d * d + 1.0
-            elif d < 2.0:
-                v = ((2.5 - 0.5 * d) * d - 4.0) * d + 2.0
+            d = abs((p - center + 0.5) * narrower)
+            v = max(0.0, 1.0 - d)
+            if bicubic:
+                inner, outer = (1.5 * d - 2.5) * d * d + 1.0, ((2.5 - 0.5 * d) * d - 4.0) * d + 2.0
+                v = inner if d < 1.0 else (outer if d < 2.0 else 0.0)
             total += v
             if step == 1:
-                row[p - f] += v
+                weights[row + U(p - f)] = v
             else:  # pixel p lies a quarter of a sample off sample p // 2, towards its neighbour
-                near, far = p >> 1, (p >> 1) + (1 if p & 1 else -1)
-                row[near - f] += 0.75 * v
-                row[min(max(far, low), high - 1) - f] += 0.25 * v
-        for t in range(taps):
-            row[t] /= total
+                far = min(max((p >> 1) + (p & 1) * 2 - 1, low), high - 1)
+                weights[row + U((p >> 1) - f)] += F(0.75 * v)
+                weights[row + U(far - f)] += F(0.25 * v)
+        scaled = F(1.0 / total)
+        for t in range(U(taps)):
+            weights[row + t] *= scaled
 
 
 @njit(nogil=True, cache=True)
@@ -755,27 +751,24 @@ Job = namedtuple("Job", "fd modes widths heights ptrs sizes ids draws control do
 NEXT, LIMIT = 0, 1  # control: the next ticket (position in the epoch) to hand out, and the first that must wait
 
 
+@njit(nogil=True, cache=True)
 def make_scratch(max_bytes, max_width, max_height, res):
     """One thread's memory, sized once for the file's largest sample; tj holds libjpeg-turbo's handle."""
     wide, tall, out8 = max_width + 128, max_height + 32, (res + 7) // 8 * 8
     side = (max(wide, tall) + 7) // 8 * 8
-
-    def empty(*shape):
-        return np.empty(shape, np.uint8)
-    return Scratch(np.array([create_decoder()]), np.zeros(17, np.int64), np.empty((wide // 8) * (tall // 8) + 2, np.int64),
-                   empty(max_bytes + 64), empty(max_bytes + 2048), np.empty((4, TABLE), np.int32),
-                   np.empty((4, 128), np.int32), np.empty(4 * 64 * LANES, np.int16), np.empty(64 * LANES, np.float32),
-                   empty(3 * wide * tall), np.zeros((3, 6), np.int64), empty(3 * wide * tall), np.empty(res, np.int64),
+    tj = np.zeros(1, np.int64)
+    tj[0] = tj_init()
+    return Scratch(tj, np.zeros(17, np.int64), np.empty((wide // 8) * (tall // 8) + 2, np.int64),
+                   np.empty(max_bytes + 64, np.uint8), np.empty(max_bytes + 2048, np.uint8),
+                   np.empty((4, TABLE), np.int32), np.empty((4, 128), np.int32), np.empty(4 * 64 * LANES, np.int16),
+                   np.empty(64 * LANES, np.float32), np.empty(3 * wide * tall, np.uint8), np.zeros((3, 6), np.int64),
+                   np.empty(3 * wide * tall, np.uint8), np.empty(res, np.int64),
                    np.empty(4 * side + 8 * res, np.float32), np.empty(side + out8, np.float32),
-                   empty((side + out8) * out8), empty((side + out8) * out8), empty(3, out8 * out8))
+                   np.empty((side + out8) * out8, np.uint8), np.empty((side + out8) * out8, np.uint8),
+                   np.empty((3, out8 * out8), np.uint8))
 
 
-@njit(cache=True)
-def create_decoder():
-    return tj_init()
-
-
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def destroy_decoder(handle):
     tj_destroy(handle)
 
@@ -893,11 +886,11 @@ class BetonReader:
     def _read_tables(self):
         self.size = os.fstat(self.file.fileno()).st_size
         header = self._table(HEADER, 1, 0, "the header")[0]
-        version, fields, n = (int(header[k]) for k in ("version", "num_fields", "num_samples"))
+        version, fields, n, self.page_size = (int(header[k]) for k in ("version", "num_fields", "num_samples", "page_size"))
         end = int(header["alloc_table_ptr"])
         if version != 2:
             raise self._wrong(f"its version is {version}")
-        if not 1 <= fields <= 64 or n == 0 or n > self.size or end > self.size or (self.size - end) % ALLOC.itemsize:
+        if not 1 <= fields <= 64 or n == 0 or self.page_size == 0 or n > self.size or end > self.size or (self.size - end) % ALLOC.itemsize:
             raise self._wrong(f"its header names {fields} fields, {n:,} samples and an allocation table at byte {end:,} "
                               f"of {self.size:,}")
         descriptors = self._table(FIELD, fields, HEADER.itemsize, "the list of fields")
@@ -963,8 +956,16 @@ class BetonReader:
             raise DataError(f"{self.path}: sample {i}: {REASONS[code]}")
         return pixels.reshape(height, width, 3)[y:y + h, x:x + w].copy()
 
+    def preload(self):
+        """Reads the file once, in pieces, into the page cache; yields the size of each piece, for a progress bar."""
+        for at in range(0, self.size, 1 << 26):
+            yield len(os.pread(self.file.fileno(), 1 << 26, at))
+
     def close(self):
         self.file.close()
+
+
+WINDOW = 512 << 20  # bytes that order="pages" shuffles in
 
 
 # --- order, epochs and stages: what both loaders share
@@ -978,7 +979,9 @@ class _Loader:
 
     def __init__(self, batch_size, train=True, res=224, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5,
                  crop_ratio=224 / 256, interpolation="bicubic", num_workers=0, seed=0, rank=0, world_size=1,
-                 drop_last=None, device="cpu", indices=None, ahead=3):
+                 drop_last=None, device="cpu", indices=None, ahead=3, order="random"):
+        if order not in ("random", "pages"):
+            raise ValueError(f"order={order!r}: expected 'random' or 'pages'")
         if interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation={interpolation!r}: expected 'bicubic' or 'bilinear'")
         if not 0 <= rank < world_size:
@@ -992,7 +995,7 @@ class _Loader:
         if len(self.indices) == 0 or self.indices.min() < 0 or self.indices.max() >= self.total:
             raise ValueError(f"indices must name samples 0 to {self.total - 1}, at least one")
         self.num_samples, self.epoch, self.batch, self.closed = len(self.indices), 0, 0, False
-        self._started, self.res, self.scale = False, None, None
+        self._started, self.res, self.scale, self.order = False, None, None, order
         self.set_stage(res, scale)
         if len(self) == 0:
             raise DataError(f"{self.num_samples} samples on {world_size} rank(s) do not fill one batch of {batch_size}; "
@@ -1030,9 +1033,12 @@ class _Loader:
         """This rank's positions in `indices` for self.epoch, in order; the ranks' lists interleave to the whole order."""
         if not self.train:
             return np.arange(self.rank, self.num_samples, self.world_size)
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        order = self._shuffle(np.random.default_rng([self.seed, self.epoch]))
         order = order[:len(order) // self.world_size * self.world_size]  # as many for each rank
         return np.ascontiguousarray(order[self.rank::self.world_size])
+
+    def _shuffle(self, rng):
+        return rng.permutation(self.num_samples)
 
     def __len__(self):
         n = self.num_samples // self.world_size
@@ -1176,6 +1182,7 @@ class ESSLLoader(_Loader):
     crop_ratio of the short side. The bytes of a batch depend on (seed, epoch, indices) and the stage alone, not on
     num_workers (0: all cores this process may use). Training leaves out the last num_samples % world_size samples of an
     epoch's order, and the last partial batch with drop_last; evaluation visits each sample once over all ranks.
+    order="pages" reads a file that is larger than memory in large sequential pieces.
     Raises ValueError for the arguments and DataError for the file, naming the sample where one is damaged.
     """
 
@@ -1184,16 +1191,38 @@ class ESSLLoader(_Loader):
         self.total, self.classes, self._runs = self.reader.num_samples, self.reader.classes, set()
         super().__init__(batch_size, train, **kwargs)
 
+    def _shuffle(self, rng):
+        """order="pages": windows of consecutive pages in random order, samples shuffled within a window.
+
+        A window is WINDOW bytes long and starts elsewhere in each epoch. All ranks are in the same window at a time.
+        """
+        if self.order == "random":
+            return super()._shuffle(rng)
+        pages = max(1, WINDOW // self.reader.page_size)
+        window = (self.reader.ptrs[self.indices] // self.reader.page_size + rng.integers(pages)) // pages
+        rank = rng.permutation(int(window.max()) + 1)[window]
+        return np.lexsort((rng.random(len(window)), rank))
+
     def _host_batches(self, positions, start):
         run = _Run(self, positions, start)
         self._runs.add(run)
+        self._read = set()  # the windows that this epoch has asked for
         try:
             labels = self.reader.labels[run.job.ids]
             for b in range(start, len(self)):
+                if self.order == "pages":
+                    self._read_ahead(run.job.ids[b * run.size:(b + 2 * run.slots) * run.size])
                 yield run.take(b), torch.from_numpy(labels[b * run.size:(b + 1) * run.size].copy())
         finally:
             run.stop()
             self._runs.discard(run)
+
+    def _read_ahead(self, ids):
+        """Asks the system to read the windows that the coming samples lie in, front to back, before they are needed."""
+        ptrs, window = self.reader.ptrs, max(WINDOW, self.reader.page_size)
+        for number in set((ptrs[ids] // window).tolist()) - self._read:
+            os.posix_fadvise(self.reader.file.fileno(), number * window, window, os.POSIX_FADV_WILLNEED)
+            self._read.add(number)
 
     def close(self):
         """Stops the threads, also of an iteration under way, and closes the file. Safe to call twice."""
@@ -1261,3 +1290,58 @@ class FolderLoader(_Loader):
                                              pin_memory=self.device.type == "cuda", prefetch_factor=self.ahead)
         for pixels, labels in loader:
             yield pixels.permute(0, 3, 1, 2), labels
+
+
+# --- the same decoder inside FFCV
+def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic", seed=0):
+    """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder: decodes only the crop (the paper's ESSL).
+
+    Pipelines as in FFCV's documentation, e.g. {"image": [ffcv_decoder(), RandomHorizontalFlip(), ToTensor(), ...]};
+    uint8 (B, res, res, 3). Crops are a function of (seed, number of the batch, sample). ValueError on damaged samples.
+    """
+    from dataclasses import replace
+
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    bind()
+    res, bicubic = int(output_size[0]), interpolation == "bicubic"
+    scale, ratio = tuple(map(float, scale)), tuple(map(float, ratio))
+    if output_size[0] != output_size[1] or interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(f"output_size={output_size}, interpolation={interpolation!r}: expected a square, and 'bicubic' or "
+                         "'bilinear'")
+
+    class CropDecoder(SimpleRGBImageDecoder):  # FFCV takes only its own class for a decoder
+        def declare_state_and_memory(self, previous_state):
+            shape = (res, res, 3)
+            return (replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")),
+                    AllocationQuery(shape, np.dtype("u1")))
+
+        def generate_code(self):
+            read, parallel, threads = self.memory_read, Compiler.get_iterator(), Compiler.num_threads
+            wide, tall = int(self.metadata["width"].max()), int(self.metadata["height"].max())
+            self.batches = np.zeros(1, np.int64)
+            counter = self.batches.ctypes.data
+
+            def decode(batch_indices, destination, metadata, storage_state):
+                n, number = len(batch_indices), atomic_add(counter, 1)
+                codes = np.zeros(n, np.int64)
+                for thread in parallel(threads):
+                    largest = 0
+                    for i in range(thread, n, threads):
+                        largest = max(largest, read(metadata[batch_indices[i]]["data_ptr"], storage_state).size)
+                    scratch = make_scratch(largest, wide, tall, res)
+                    for i in range(thread, n, threads):
+                        sample = metadata[batch_indices[i]]
+                        data = read(sample["data_ptr"], storage_state)
+                        width, height = np.int64(sample["width"]), np.int64(sample["height"])
+                        x, y, w, h = random_box(width, height, scale, ratio, seed, number, np.int64(batch_indices[i]))
+                        codes[i] = resized_crop(data, data.size, sample["mode"], width, height, x, y, w, h, res, bicubic,
+                                                False, destination[i].reshape(-1), scratch)
+                    destroy_decoder(scratch.tj[0])
+                if codes.max() != 0:
+                    raise ValueError("a sample of the .beton file is damaged: python build_beton.py --verify FILE")
+                return destination[:n]
+            decode.is_parallel = True
+            return decode
+    return CropDecoder()
