@@ -3,12 +3,17 @@
 MAE (He et al., arXiv 2111.06377) with the official parameter names, so that official checkpoints load both ways. Shapes:
 B images, L patches, K kept, D width, P = p * p * 3 pixel values of a patch. Needs torch and timm.
 """
+import argparse
+import json
+import math
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block, VisionTransformer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -216,3 +221,170 @@ mae_vit_large_patch16 = partial(MaskedAutoencoderViT, embed_dim=1024, depth=24, 
 mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 SIZES = ("mae_vit_nano_patch8", "mae_vit_tiny_patch16", "mae_vit_small_patch16", "mae_vit_base_patch16", "mae_vit_large_patch16",
          "mae_vit_huge_patch14")
+
+
+# --- the ViT it becomes
+class ViT(VisionTransformer):
+    """timm's ViT, MAE's names and initialisation: uint8 or normalised (B, 3, H, W) -> (B, classes); 0 classes: (B, D).
+
+    pool: "fc_norm", the mean of the last block's patch tokens, then a new norm (finetuning); "mean" or "cls" of the
+    tokens after the pretrained norm (frozen features). The position table belongs to img_size: at another resolution
+    each forward resamples it, differentiably, so that all stages train the one table. settings: from vit_settings.
+    """
+    normalize = MaskedAutoencoderViT.normalize
+
+    def __init__(self, settings, img_size=224, classes=1000, pool="fc_norm", drop_path=0.0):
+        if img_size % settings["patch_size"]:
+            raise WeightsError(f"pictures of {img_size} pixels are not whole patches of {settings['patch_size']}")
+        super().__init__(img_size, num_classes=classes, global_pool="token" if pool == "cls" else "avg",
+                         fc_norm=pool == "fc_norm", drop_path_rate=drop_path, dynamic_img_size=True,
+                         norm_layer=partial(nn.LayerNorm, eps=1e-6), **settings)
+        self.settings = {**settings, "img_size": img_size}
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.apply(init_linear)
+        projection = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.pos_embed.data.copy_(sincos_table(settings["embed_dim"], img_size // settings["patch_size"]))
+        if classes:
+            trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward(self, imgs):
+        return super().forward(self.normalize(imgs))
+
+
+VIT_SIZES = tuple(name.replace("mae_", "") for name in SIZES)
+
+
+def size_of(name):
+    """The encoder settings of a name in VIT_SIZES; its defaults are MAE-B's."""
+    base = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0)
+    given = globals()["mae_" + name].keywords
+    return {k: given.get(k, v) for k, v in base.items()}
+
+
+# --- weights in and out
+class WeightsError(ValueError):
+    """What is wrong with a checkpoint, in words for the one who runs it."""
+
+
+# ViTMAEForPreTraining's names -> the official ones, in this order; its decoder is not read
+HUGGING_FACE = (("vit.", ""), ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+                ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("encoder.layer.", "blocks."),
+                ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("attention.output.dense", "attn.proj"),
+                ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"), ("layernorm.", "norm."))
+
+
+def from_hugging_face(state):
+    """ViTMAE's weights under the official names; query, key and value become one matrix."""
+    weights = {}
+    for key, value in state.items():
+        if not key.startswith("decoder."):
+            for theirs, ours in HUGGING_FACE:
+                key = key.replace(theirs, ours)
+            weights[key] = value
+    for key in [k for k in weights if ".attention.attention.query." in k]:
+        parts = [weights.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+        weights[key.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    return weights
+
+
+def read_weights(path):
+    """A checkpoint's weights under official names, settings as far as it tells, class names or None; or WeightsError.
+
+    Reads ours, official MAE's, timm's and Hugging Face's ViTMAEForPreTraining, as torch files or .safetensors. The head
+    count is told by ours, and by Hugging Face's config.json beside the file.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file  # timm brings it
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints hold their command line
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = "modules" in state
+        weights = state["modules"] if ours else state.get("model", state.get("state_dict", state))
+        weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    except Exception as e:  # a damaged file can raise anything
+        raise WeightsError(f"{path}: not a checkpoint that can be read ({e})") from e
+    if ours:  # beside the model they may hold the probe's head
+        weights = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    elif any(k.endswith("embeddings.cls_token") for k in weights):
+        weights = from_hugging_face(weights)
+    try:
+        width, _, _, patch = weights["patch_embed.proj.weight"].shape
+        settings = dict(img_size=math.isqrt(weights["pos_embed"].shape[1] - 1) * patch, patch_size=patch,
+                        embed_dim=width, mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+                        depth=1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")))
+    except KeyError as e:
+        raise WeightsError(f"{path} holds no encoder weights: {e} is not among its {len(weights)} entries "
+                           f"({', '.join(map(str, list(weights)[:4]))}, ...)") from None
+    config = Path(path).with_name("config.json")
+    if ours:
+        settings["num_heads"] = state["model"]["num_heads"]
+    elif config.is_file() and "num_attention_heads" in (told := json.loads(config.read_text())):
+        settings["num_heads"] = told["num_attention_heads"]
+    return weights, settings, state.get("classes") if ours else None
+
+
+def vit_settings(name, found, path):
+    """The encoder's settings from a name in VIT_SIZES or None, and what read_weights found ({} when from scratch).
+
+    Raises WeightsError where the two differ, in the head count too, which no shape would show.
+    """
+    if name is None and found:
+        fits = [s for s in map(size_of, VIT_SIZES) if all(found.get(k, v) == v for k, v in s.items())]
+        if not fits and "num_heads" not in found:
+            raise WeightsError(f"{path} does not tell its number of heads, and no --model has its sizes ({found})")
+        return {k: found.get(k, v) for k, v in (fits or [size_of("vit_base_patch16")])[0].items()}
+    wanted = size_of(name or "vit_base_patch16")
+    differ = [f"{k} {found[k]} there, {v} in {name}" for k, v in wanted.items() if found.get(k, v) != v]
+    if differ:
+        raise WeightsError(f"{path} is of another model: {', '.join(differ)}. Without --model its own sizes are taken.")
+    return wanted
+
+
+def load_encoder(model, weights, path, fresh=("fc_norm.", "head.")):
+    """Loads weights into a ViT, the position table resampled; WeightsError names what is missing, left over, misshaped.
+
+    fresh: prefixes of what starts anew. Left out without a word: decoder, mask token, a head or norm not in use.
+    """
+    own = model.state_dict()
+    weights = {k: v for k, v in weights.items() if not k.startswith(fresh)}
+    weights["pos_embed"] = resample_table(weights["pos_embed"], math.isqrt(own["pos_embed"].shape[1] - 1))
+    unused = ("mask_token", "decoder", "norm.", "fc_norm.", "head.")
+    wrong = {"missing": [k for k in own if k not in weights and not k.startswith(fresh)],
+             "left over": [k for k in weights if k not in own and not k.startswith(unused)],
+             "of another shape": [k for k in weights if k in own and weights[k].shape != own[k].shape]}
+    if any(wrong.values()):
+        raise WeightsError(f"{path} does not fit the model: "
+                           + "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys))
+    model.load_state_dict({**own, **{k: v for k, v in weights.items() if k in own}})
+
+
+def export_timm(source, out):
+    """Writes an encoder for timm.create_model("vit_base_patch16_224", checkpoint_path=out), which loads it strictly.
+
+    Without decoder and mask_token, for which timm would take it for DINOv2; where there is no head, zeros stand in.
+    """
+    weights, settings, _ = read_weights(source)
+    weights = {k: v.contiguous() for k, v in weights.items() if not k.startswith(("mask_token", "decoder"))}
+    weights.setdefault("head.weight", torch.zeros(1000, settings["embed_dim"]))
+    weights.setdefault("head.bias", torch.zeros(len(weights["head.weight"])))
+    torch.save(weights, out)
+    print(f"{out}: {len(weights)} tensors, {settings}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--export-timm", nargs=2, metavar=("CKPT", "OUT"), required=True, help="encoder for timm")
+    try:
+        export_timm(*p.parse_args().export_timm)
+    except WeightsError as e:
+        raise SystemExit(f"models_mae: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,18 +14,24 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import essl_loader
+import finetune
+import linprobe
 import models_mae
 import pretrain
 import schedules
-from essl_loader import BetonReader, DataError, ESSLLoader, FolderLoader, center_box, random_box, uniform
+from essl_loader import HEADER, BetonReader, DataError, ESSLLoader, FolderLoader, center_box, random_box, uniform
+from models_mae import ViT, WeightsError, load_encoder, read_weights, size_of, vit_settings
+from schedules import lr_at
 
 HERE = Path(__file__).resolve().parent
 PHOTOS = os.environ.get("DAILYMAE_PHOTOS")
@@ -862,6 +868,293 @@ def test_pretrain_refuses_bad_input(folder, unbroken, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "last.pt").write_bytes(b"not a checkpoint")
     refused(tiny_run(folder, tmp_path / "d"), "last.pt", "--resume none")
+
+
+# --- finetune and linprobe
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """train and val (3 classes, 48 and 13 pictures) as .beton and folders, other (4 classes), an untrained mae.pt."""
+    root = tmp_path_factory.mktemp("tune")
+    rng = np.random.default_rng(0)
+    for name, classes, count in ("train", "abc", 48), ("val", "abc", 13), ("other", "abcd", 8):
+        for i in range(count):
+            path = root / name / classes[i % len(classes)] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            noise.resize((48, 40), Image.BICUBIC).save(path)
+        subprocess.run([sys.executable, HERE / "build_beton.py", "--data-dir", root / name, "--out",
+                        root / f"{name}.beton"], check=True, capture_output=True)
+    torch.manual_seed(0)
+    mae = models_mae.mae_vit_nano_patch8(img_size=32, depth=2)
+    torch.save({"modules": {f"model.{k}": v for k, v in mae.state_dict().items()}, "model": mae.settings,
+                "classes": list("abc")}, root / "mae.pt")
+    return root, mae.eval()
+
+
+def tune(root, out, *words):
+    """finetune.py's main in this process on the fixture's data."""
+    base = ["--finetune", root / "mae.pt", "--data", root / "train.beton", "--val-data", root / "val.beton",
+            "--epochs", 4, "--output-dir", out,
+            "--warmup-epochs", 1, "--total-batch", 16, "--batch-size", 8, "--num-workers", 2]
+    with redirect_stderr(io.StringIO()):
+        finetune.main(finetune.get_args([str(w) for w in base + list(words)]))
+
+
+def hugging_face(state):
+    """Official names -> ViTMAEForPreTraining's, written down from its published checkpoints."""
+    out = {"vit.embeddings.cls_token": state["cls_token"], "vit.embeddings.position_embeddings": state["pos_embed"],
+           "decoder.mask_token": state["mask_token"], "decoder.decoder_layers.0.output.dense.weight": torch.ones(2, 2)}
+    for kind in "weight", "bias":
+        out[f"vit.embeddings.patch_embeddings.projection.{kind}"] = state[f"patch_embed.proj.{kind}"]
+        out[f"vit.layernorm.{kind}"] = state[f"norm.{kind}"]
+        for i in range(2):
+            ours, theirs = f"blocks.{i}.", f"vit.encoder.layer.{i}."
+            for part, rows in zip(("query", "key", "value"), state[f"{ours}attn.qkv.{kind}"].chunk(3)):
+                out[f"{theirs}attention.attention.{part}.{kind}"] = rows
+            for a, b in (("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+                         ("mlp.fc2", "output.dense"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after")):
+                out[f"{theirs}{b}.{kind}"] = state[f"{ours}{a}.{kind}"]
+    return out
+
+
+def test_models_encoder_loads_from_every_source(tuned, tmp_path):
+    """Ours, official, timm's and Hugging Face's files give the features of the model they came from, at any size."""
+    root, mae = tuned
+    state, x = mae.state_dict(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    encoder = {k: v for k, v in state.items() if "decoder" not in k and k != "mask_token"}
+    files = {"official": {"model": state}, "timm": encoder, "hugging": hugging_face(state)}
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    for path in [root / "mae.pt", *(tmp_path / f"{name}.pth" for name in files)]:
+        weights, found, _ = read_weights(path)
+        vit = ViT(vit_settings(None, found, path), 32, 0, pool="mean").eval()
+        load_encoder(vit, weights, path)
+        for size in 32, 48:
+            pictures = torch.nn.functional.interpolate(x.float(), size).to(torch.uint8)
+            assert torch.allclose(vit(pictures), mae.features(pictures), atol=1e-5), (path, size)
+
+
+def test_models_say_what_does_not_fit(tuned, tmp_path):
+    """A missing or left-over tensor is named; another head count or patch size, or no encoder at all, is an error."""
+    root, _ = tuned
+    weights, found, _ = read_weights(root / "mae.pt")
+    vit = ViT(vit_settings(None, found, ""), 32, 3)
+    for change, word in (lambda w: w.pop("blocks.1.mlp.fc2.bias"), "missing: blocks.1.mlp.fc2.bias"), \
+            (lambda w: w.update({"blocks.0.gamma": w["cls_token"]}), "left over: blocks.0.gamma"), \
+            (lambda w: w.update({"cls_token": torch.zeros(1, 1, 64)}), "another shape: cls_token"):
+        changed = dict(weights)
+        change(changed)
+        with pytest.raises(WeightsError, match=word):
+            load_encoder(vit, changed, "x")
+    with pytest.raises(WeightsError, match="num_heads 2 there, 4"):
+        vit_settings("vit_nano_patch8", dict(found, depth=6, num_heads=2), "x")
+    with pytest.raises(WeightsError, match="patch_size 8 there, 16"):
+        vit_settings("vit_tiny_patch16", found, "x")
+    torch.save({"model": {"head.weight": torch.zeros(3, 3)}}, tmp_path / "x.pth")
+    (tmp_path / "y.pth").write_bytes(b"no")
+    for name, word in ("x", "no encoder weights"), ("y", "cannot|can be read"):
+        with pytest.raises(WeightsError, match=word):
+            read_weights(tmp_path / f"{name}.pth")
+
+
+def test_models_export_is_timms(tmp_path):
+    """timm loads the export strictly, gets no mask token or decoder, and computes the same features."""
+    torch.manual_seed(0)
+    mae = models_mae.mae_vit_tiny_patch16().eval()
+    torch.save({"model": mae.state_dict()}, tmp_path / "a.pt")
+    subprocess.run([sys.executable, HERE / "models_mae.py", "--export-timm", tmp_path / "a.pt", tmp_path / "b.pth"],
+                   check=True)
+    vit = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "b.pth")).eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(vit.forward_features(x)[:, 1:].mean(1), mae.features(x), atol=1e-5)
+
+
+def test_models_stages_train_one_table():
+    """At another resolution the gradient reaches the table of the full one, which keeps its shape and values."""
+    vit = ViT(dict(size_of("vit_nano_patch8"), depth=1), 64, 3)
+    before = vit.pos_embed.clone()
+    torch.nn.init.normal_(vit.head.weight)
+    vit(torch.randn(2, 3, 48, 48)).square().sum().backward()
+    assert torch.equal(vit.pos_embed, before) and (vit.pos_embed.grad[0].abs().sum(1) > 0).all()
+
+
+def test_finetune_groups_follow_the_formula():
+    """For ViT-B each parameter has lr 0.65^(13 - id) and decay as published; the floor of the rate scales with it."""
+    model = ViT(size_of("vit_base_patch16"), 224, 10)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = finetune.parameter_groups(model, 0.05, 0.65)
+    got = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    expected = {"cls_token": (0.65 ** 13, 0), "pos_embed": (0.65 ** 13, 0),
+                "fc_norm.weight": (1, 0), "fc_norm.bias": (1, 0),
+                "patch_embed.proj.weight": (0.65 ** 13, 0.05), "patch_embed.proj.bias": (0.65 ** 13, 0),
+                "head.weight": (1, 0.05), "head.bias": (1, 0)}
+    for i in range(12):
+        for layer in "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2":
+            expected[f"blocks.{i}.{layer}.weight"] = (0.65 ** (12 - i), 0 if "norm" in layer else 0.05)
+            expected[f"blocks.{i}.{layer}.bias"] = (0.65 ** (12 - i), 0)
+    assert got.keys() == expected.keys() == set(names.values())
+    assert all(got[k] == pytest.approx(v) for k, v in expected.items())
+    assert lr_at(100, 100, 5, 2e-3, finetune.MIN_LR) == pytest.approx(1e-6)
+    assert 1.5e-5 < model.head.weight.std().item() < 2.5e-5
+
+
+def test_finetune_three_augment_is_pillows():
+    """Exactly one of the three per picture, as Pillow does it, a third each over 10,000, the same for the same seed."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (300, 24, 20, 3), dtype=np.uint8)
+    pictures[::2] = np.where(pictures[::2] > 127, 255, 0)  # hard edges, where a blur shows most
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    out = finetune.three_augment(images, torch.Generator().manual_seed(3))
+    assert torch.equal(out, finetune.three_augment(images, torch.Generator().manual_seed(3)))
+    draws = torch.Generator().manual_seed(3)
+    choice, radius = torch.randint(3, (300,), generator=draws), 0.1 + 1.9 * torch.rand(300, generator=draws)
+    for i, picture in enumerate(map(Image.fromarray, pictures)):
+        reference = (lambda: ImageOps.grayscale(picture).convert("RGB"), lambda: ImageOps.solarize(picture, 128),
+                     lambda: picture.filter(ImageFilter.GaussianBlur(float(radius[i]))))[choice[i]]()
+        difference = np.abs(out[i].permute(1, 2, 0).numpy().astype(int) - np.asarray(reference))
+        assert difference.max() <= (2, 0, 3)[choice[i]], (i, int(choice[i]))
+    white = torch.zeros(10_000, 3, 4, 4, dtype=torch.uint8)
+    white[:, 0, :, :2] = 200  # grayscale makes the planes equal, solarize brings 255 - 200 = 55 in, the blur neither
+    kinds = finetune.three_augment(white, torch.Generator().manual_seed(0))
+    grey = (kinds[:, 0] == kinds[:, 1]).flatten(1).all(1)
+    solar = (kinds[:, 0, :, 0] == 55).all(1)
+    shares = [k.float().mean().item() for k in (grey, solar, ~grey & ~solar)]
+    assert not (grey & solar).any() and all(abs(s - 1 / 3) < 0.02 for s in shares), shares
+
+
+def test_finetune_color_jitter_is_pillows():
+    """Brightness, contrast and saturation by factors in (0.7, 1.3) equal Pillow's in that order, to within 2 levels."""
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    out = finetune.color_jitter(torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.Generator().manual_seed(1))
+    factors = 0.7 + 0.6 * torch.rand(3, 20, 1, 1, 1, generator=torch.Generator().manual_seed(1)).flatten(1)
+    assert factors.std() > 0.1
+    for i, picture in enumerate(map(Image.fromarray, pictures)):
+        for name, factor in zip(("Brightness", "Contrast", "Color"), factors[:, i].tolist()):
+            picture = getattr(ImageEnhance, name)(picture).enhance(factor)
+        assert np.abs(out[i].permute(1, 2, 0).numpy().astype(int) - np.asarray(picture)).max() <= 2
+
+
+def test_finetune_resumes_bit_identical(tuned, tmp_path, monkeypatch):
+    """Stopped in each of the three stages, in and between epochs, a run ends with the bits of one that was not."""
+    root, _ = tuned
+    tune(root, tmp_path / "whole")
+    calls = iter(range(10 ** 6))
+    monkeypatch.setattr(finetune, "any_rank", lambda flag: next(calls) in (1, 5, 7))
+    for _ in range(3):
+        with pytest.raises(SystemExit, match="the same command goes on"):
+            tune(root, tmp_path / "cut")
+    tune(root, tmp_path / "cut")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 12 and a["best"] == b["best"]
+    assert all(torch.equal(v, b["modules"][k]) for k, v in a["modules"].items())
+    lines = [[(r["step"], r["top1"]) for r in map(json.loads, open(tmp_path / n / "log.jsonl")) if "top1" in r]
+             for n in ("whole", "cut")]
+    assert lines[0] == lines[1] and [s for s, _ in lines[0]] == [3, 6, 9, 12]
+    with pytest.raises(SystemExit, match="drop_path: 0.1 there, 0.2 here"):
+        tune(root, tmp_path / "cut", "--drop-path", 0.2)
+
+
+def test_finetune_counts_each_picture_once(tuned, tmp_path):
+    """13 pictures on two processes and on one give the same table, one row for each set."""
+    root, _ = tuned
+    tune(root, tmp_path, "--epochs", 1, "--mixup", 0, "--cutmix", 0)
+    words = [HERE / "finetune.py", "--eval", "--resume", tmp_path / "best.pt", "--batch-size", 4, "--num-workers", 1,
+             "--val-data", root / "val.beton", root / "train"]
+    tables = [subprocess.run([str(w) for w in [sys.executable, *launch, *words]], capture_output=True, text=True)
+              for launch in ((), ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29611))]
+    rows = [[line for line in t.stdout.splitlines() if line.startswith("|")] for t in tables]
+    assert rows[0] == rows[1] and len(rows[0]) == 4, tables
+    assert [row.split("|")[4].strip() for row in rows[0][2:]] == ["13", "48"]
+
+
+def test_finetune_refuses_other_data(tuned, tmp_path):
+    """Labels beyond the head, other classes, an empty file, a checkpoint without a head: each is said in words."""
+    root, _ = tuned
+    bare = tmp_path / "bare.beton"  # no sidecar: only the labels can tell
+    bare.write_bytes((root / "other.beton").read_bytes())
+    empty = np.fromfile(root / "val.beton", np.uint8)
+    empty[:HEADER.itemsize].view(HEADER)["num_samples"] = 0
+    empty.tofile(tmp_path / "empty.beton")
+    for val, error, word in ((bare, SystemExit, "labels from 0 to 3, the head is for 0 to 2"),
+                             (root / "other", SystemExit, "labels from"),
+                             (tmp_path / "empty.beton", DataError, "0 samples")):
+        with pytest.raises(error, match=word):
+            tune(root, tmp_path, "--val-data", val)
+    renamed = json.loads((root / "val.json").read_text())
+    (tmp_path / "val.beton").write_bytes((root / "val.beton").read_bytes())
+    (tmp_path / "val.json").write_text(json.dumps(dict(renamed, classes=["a", "b", "z"])))
+    with pytest.raises(SystemExit, match="other classes than the model; they differ in c, z"):
+        tune(root, tmp_path, "--val-data", tmp_path / "val.beton")
+    with pytest.raises(SystemExit, match="holds no classifier"):
+        tune(root, tmp_path, "--resume", root / "mae.pt")
+
+
+def test_finetune_rand_augment_repeats(tuned):
+    """RandAug through the folder loader changes the pictures, by (seed, epoch, sample) alone."""
+    def pixels(workers, **kwargs):
+        with FolderLoader(tuned[0] / "train", 16, res=32, num_workers=workers, **kwargs) as loader:
+            return torch.cat([images for images, _ in loader])
+    rand = finetune.rand_augment_transform(*finetune.RAND_AUG)
+    for _ in range(3000):  # the rarest draw is the one that fails
+        rand(Image.new("RGB", (8, 8)))
+    assert torch.equal(pixels(1, transform=rand), pixels(2, transform=rand))
+    assert not torch.equal(pixels(1, transform=rand), pixels(1))
+
+
+def test_linprobe_lars_is_the_formula():
+    """Ten steps on a matrix and a vector equal LARS written out in plain Python lists."""
+    torch.manual_seed(0)
+    matrix, vector, gradients = torch.randn(4, 3), torch.randn(3), torch.randn(10, 15)
+    p, q = torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(vector.clone())
+    optimizer = linprobe.LARS([p, q], lr=0.5, weight_decay=0.1)
+    w, v, mw, mv = matrix.flatten().tolist(), vector.tolist(), [0.0] * 12, [0.0] * 3
+    for g in gradients:
+        p.grad, q.grad = g[:12].view(4, 3), g[12:]
+        optimizer.step()
+        u = [a + 0.1 * b for a, b in zip(g[:12].tolist(), w)]
+        trust = 0.001 * math.sqrt(sum(a * a for a in w)) / math.sqrt(sum(a * a for a in u))
+        mw = [0.9 * m + trust * a for m, a in zip(mw, u)]
+        mv = [0.9 * m + a for m, a in zip(mv, g[12:].tolist())]
+        w, v = [a - 0.5 * m for a, m in zip(w, mw)], [a - 0.5 * m for a, m in zip(v, mv)]
+    assert p.flatten().tolist() == pytest.approx(w, rel=1e-5) and q.tolist() == pytest.approx(v, rel=1e-5)
+
+
+def test_linprobe_knn_is_brute_force():
+    """The vote equals a loop over all neighbours: cosine, k 20, exp(similarity / 0.07)."""
+    torch.manual_seed(0)
+    bank, labels, queries = torch.randn(60, 8), torch.randint(5, (60,)), torch.randn(7, 8)
+    scores = linprobe.knn_scores(bank, labels, 5)(queries)
+    for query, score in zip(queries, scores):
+        near = sorted(((torch.cosine_similarity(query, b, 0).item(), int(y)) for b, y in zip(bank, labels)))[-20:]
+        votes = [sum(math.exp((s - 1) / 0.07) for s, y in near if y == c) for c in range(5)]
+        assert score.tolist() == pytest.approx(votes, rel=1e-3)
+
+
+def test_linprobe_runs_every_way(tuned, tmp_path, capsys):
+    """Images, stored features and kNN end in a result over all 13 pictures; stored rows are the model's features."""
+    root, mae = tuned
+    base = ["--checkpoint", root / "mae.pt", "--data", root / "train.beton", "--val-data", root / "val.beton", "--pool",
+            "mean", "--epochs", 2, "--warmup-epochs", 1, "--total-batch", 16, "--batch-size", 8, "--num-workers", 2]
+    scratch = ("--checkpoint", "none", "--model", "vit_nano_patch8", "--input-size", 32)
+    for name, *words in ("images",), ("stored", "--cached"), ("stored", "--knn"), ("random", *scratch, "--knn"):
+        linprobe.main(linprobe.get_args([str(w) for w in [*base, "--output-dir", tmp_path / name, *words]]))
+        assert "of 13 pictures" in capsys.readouterr().out.splitlines()[-1]
+    picture = Image.fromarray(BetonReader(root / "val.beton").image(5, (6, 2, 35, 35))).resize((32, 32), Image.BICUBIC)
+    expected = mae.features(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])[0]
+    row = torch.from_numpy(np.load(tmp_path / "stored/features_val.npy")[5]).float()
+    assert torch.cosine_similarity(row, expected, 0) > 0.999
+    torch.save(torch.zeros(1), tmp_path / "images/last.pt")
+    with pytest.raises(SystemExit, match="not a checkpoint of linprobe.py"):
+        linprobe.main(linprobe.get_args([str(w) for w in [*base, "--output-dir", tmp_path / "images"]]))
+
+
+def test_finetune_and_linprobe_share_the_setup_block():
+    """The text between the marks is the same in all three scripts."""
+    blocks = {(HERE / f"{name}.py").read_text().split("# --- setup\n")[1].split("# --- end setup")[0]
+              for name in ("pretrain", "finetune", "linprobe")}
+    assert len(blocks) == 1
 
 
 # --- README

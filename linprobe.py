@@ -1,0 +1,369 @@
+"""Measures what frozen features are worth: linear probe and k-nearest neighbours.
+
+    torchrun --nproc_per_node 8 linprobe.py --checkpoint runs/pretrain/last.pt    # the published protocol, 90 epochs
+    python linprobe.py --checkpoint runs/pretrain/last.pt --cached                # features stored once: minutes
+    python linprobe.py --checkpoint runs/pretrain/last.pt --knn                   # no training at all
+    python linprobe.py --checkpoint none                                          # random weights, the floor
+
+The last line is the result:
+    done: linear probe on cls features, 90 epochs, top-1 92.00 %, top-5 99.50 % of 200 pictures, 0:01:05 h
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from essl_loader import DataError, ESSLLoader, FolderLoader
+from models_mae import VIT_SIZES, ViT, WeightsError, load_encoder, read_weights, vit_settings
+from schedules import lr_at
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--checkpoint", required=True, help="ours, official MAE, timm's or Hugging Face's; or none")
+    p.add_argument("--knn", action="store_true", help="k-nearest neighbours on stored features, instead of a probe")
+    p.add_argument("--cached", action="store_true", help="train the probe on stored features of the centre crops")
+    p.add_argument("--pool", default="cls", choices=("cls", "mean"), help="class token or mean of the patch tokens")
+    p.add_argument("--data", default="data/train_500_95.beton", help="training set: a .beton file or class folders")
+    p.add_argument("--val-data", default="data/val_500_100.beton", help="held-out set, likewise")
+    p.add_argument("--output-dir", default="runs/linprobe", help="the run's folder")
+    p.add_argument("--model", choices=VIT_SIZES, help="absent: as the checkpoint; else vit_base_patch16")
+    p.add_argument("--input-size", type=int, help="resolution; absent: the checkpoint's; else 224")
+    p.add_argument("--epochs", type=int, default=90, help="passes over the data")
+    p.add_argument("--warmup-epochs", type=float, default=10, help="linear warm-up of the rate")
+    p.add_argument("--blr", type=float, default=0.1, help="learning rate for 256 images a step")
+    p.add_argument("--weight-decay", type=float, default=0.0, help="LARS's, for the matrix")
+    p.add_argument("--total-batch", type=int, default=16384, help="images a step, over all GPUs")
+    p.add_argument("--batch-size", type=int, default=512, help="images at once on one GPU; the rest by accumulation")
+    p.add_argument("--seed", type=int, default=0, help="of weights, order and crops")
+    p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
+    p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
+    argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
+    argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
+    args = p.parse_args(argv)
+    if args.epochs < 1 or args.batch_size < 1:
+        p.error("--epochs and --batch-size must be at least 1")
+    return args
+
+
+# --- setup
+def setup(seed):
+    """torchrun's environment -> rank, world size, device; joins the process group, seeds torch, catches signals."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    stop = torch.zeros(1)  # becomes 1 on the rank that was signalled; the ranks agree on it once a step
+
+    def on_signal(number, frame):
+        stop.fill_(1)
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, on_signal)
+    return rank, world, device, stop
+
+
+def any_rank(flag):
+    """Whether the flag, a one-element CPU tensor, is set on any rank."""
+    flag = flag.clone()
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # over gloo: waits for no GPU
+    return bool(flag.item())
+
+
+def open_loader(path, batch_size, train, **kwargs):
+    """ESSLLoader for a file, FolderLoader for a folder."""
+    return (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+
+
+def save(state, path):
+    """Writes a checkpoint aside and renames it: `path` is always a whole checkpoint."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+class RunLog:
+    """log.jsonl and TensorBoard events of rank 0; a resumed run drops the lines after the step it resumes from."""
+
+    def __init__(self, folder, step):
+        path = folder / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if step and path.is_file() else []
+        aside = folder / ".log.jsonl.tmp"
+        aside.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        os.replace(aside, path)
+        self.file, self.board = open(path, "a", buffering=1), SummaryWriter(folder, purge_step=step)
+
+    def write(self, step, **values):
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+# --- end setup
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled to trust * |weight| / |gradient| (You et al., arXiv 1708.03888).
+
+    Weight decay and scaling are for parameters with ndim > 1 alone.
+    """
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    weight, gradient = p.norm(), update.norm()
+                    scale = torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / gradient, 1.0)
+                    update = update * scale
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * velocity)
+
+
+# --- features
+def store_features(model, loader, path, autocast, told, say):
+    """Features of all of an evaluation loader's pictures as a float16 memory map (n, D), in the file's order.
+
+    Each rank writes its own rows. `told` describes what they are of: a map stored for the same is used again.
+    """
+    note = path.with_suffix(".json")
+    if any_rank(torch.tensor([float(not (note.is_file() and json.loads(note.read_text()) == told))])):
+        if loader.rank == 0:
+            note.unlink(missing_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.float16, (loader.num_samples, model.embed_dim)).flush()
+        any_rank(torch.zeros(1))  # waits for all
+        rows, at = np.load(path, mmap_mode="r+"), loader.rank
+        for features, _ in tqdm(encoded(model, loader, autocast), path.name, len(loader), disable=loader.rank > 0):
+            rows[at:at + len(features) * loader.world_size:loader.world_size] = features.half().cpu().numpy()
+            at += len(features) * loader.world_size
+        rows.flush()
+        any_rank(torch.zeros(1))
+        if loader.rank == 0:
+            note.write_text(json.dumps(told))
+        say(f"{path}: {rows.shape[0]:,} x {rows.shape[1]} features stored")
+    return np.load(path, mmap_mode="r")
+
+
+def stamp(path):
+    """What tells a file or folder from a later one of the same name."""
+    return [str(path), Path(path).stat().st_size, int(Path(path).stat().st_mtime)]
+
+
+def stored_batches(rows, labels, order, batch_size, device):
+    """Batches (B, D), (B,) of stored features in an order; the last one may be short."""
+    for i in range(0, len(order), batch_size):
+        at = order[i:i + batch_size]
+        yield torch.from_numpy(rows[at]).to(device).float(), torch.from_numpy(labels[at]).to(device)
+
+
+def encoded(model, loader, autocast):
+    """A loader's batches with features in the place of pictures."""
+    for images, labels in loader:
+        with torch.no_grad(), autocast:
+            features = model(images)
+        yield features.float(), labels  # outside: a generator's no_grad would reach into its caller
+
+
+# --- measures
+@torch.no_grad()
+def accuracy(score, batches, device):
+    """(top-1 in percent, top-5 in percent, n) over all ranks of what score(features) -> (B, classes) ranks highest."""
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    for features, labels in batches:
+        scores = score(features)
+        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    top1, top5, n = counts.tolist()
+    return 100 * top1 / n, 100 * top5 / n, int(n)
+
+
+def knn_scores(bank, bank_labels, classes, k=20, temperature=0.07):
+    """A function (B, D) -> votes (B, classes): each of the k nearest by cosine counts exp(similarity / temperature)."""
+    bank = F.normalize(bank, dim=1)
+
+    def score(features):
+        near, index = (F.normalize(features, dim=1).to(bank.dtype) @ bank.T).float().topk(min(k, len(bank)))
+        votes = torch.zeros(len(features), classes, device=bank.device)
+        return votes.scatter_add_(1, bank_labels[index], ((near - 1) / temperature).exp())  # - 1: no overflow
+    return score
+
+
+def main(args):
+    start, folder = time.time(), Path(args.output_dir)
+    rank, world, device, _ = setup(args.seed)
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_DFL)  # an epoch is short and its checkpoint whole: nothing to save on the way
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text)
+
+    # --- model: frozen
+    begin = None if args.checkpoint == "none" else args.checkpoint
+    weights, found, _ = read_weights(begin) if begin else ({}, {}, None)
+    vit, size = vit_settings(args.model, found, begin), args.input_size or found.get("img_size", 224)
+    model = ViT(vit, size, classes=0, pool=args.pool)
+    if begin:
+        load_encoder(model, weights, begin)
+    model = model.to(device).eval().requires_grad_(False)
+
+    # --- data
+    stored = args.cached or args.knn
+    shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device)
+    # The published crop tries one box and clips it; ours tries up to ten and takes the centre, of the same area range
+    loader = open_loader(args.data, args.batch_size, not stored, scale=(0.08, 1.0), **shared)
+    val = open_loader(args.val_data, args.batch_size, False, **shared)
+    labels, val_labels = (x.reader.labels if isinstance(x, ESSLLoader) else np.array([y for _, y in x.samples])
+                          for x in (loader, val))
+    classes = len(loader.classes or ()) or int(labels.max()) + 1
+    for path, found in (args.data, labels), (args.val_data, val_labels):
+        if found.min() < 0 or found.max() >= classes:
+            raise SystemExit(f"{path} has labels from {found.min()} to {found.max()}, expected 0 to {classes - 1}")
+    if loader.classes and val.classes and list(loader.classes) != list(val.classes):
+        odd = sorted(set(loader.classes) ^ set(val.classes)) or ["their order"]
+        raise SystemExit(f"{args.val_data} has other classes than {args.data}; they differ in {', '.join(odd[:4])}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps({**vars(args), "world_size": world}, indent=1))
+    except OSError as e:
+        raise SystemExit(f"--output-dir {folder} cannot be written: {e.strerror}. Name a folder that can.")
+    say(f"features of {begin or 'random weights'}, {args.pool}, {size} px; {loader.num_samples:,} + "
+        f"{val.num_samples:,} pictures, {classes} classes; {device.type} x {world}")
+    if stored:
+        told = dict(pool=args.pool, size=size, model=vit, weights=stamp(begin) if begin else args.seed)
+        bank, val_rows = (store_features(model, data, folder / f"features_{name}.npy", autocast,
+                                         dict(told, data=stamp(path)), say)
+                          for name, path, data in (("train", args.data, loader), ("val", args.val_data, val)))
+
+    def val_batches(size=args.batch_size):
+        if not stored:
+            return encoded(model, val, autocast)
+        return stored_batches(val_rows, val_labels, np.arange(rank, len(val_rows), world), size, device)
+
+    # --- kNN
+    if args.knn:
+        rows = torch.from_numpy(np.array(bank)).to(device, torch.float16 if device.type == "cuda" else torch.float32)
+        score = knn_scores(rows, torch.from_numpy(labels).to(device), classes)
+        top1, top5, n = accuracy(score, val_batches(max(1, min(512, 2 ** 26 // len(bank)))), device)
+        say(f"done: kNN on {args.pool} features, k 20, temperature 0.07, top-1 {top1:.2f} %, top-5 {top5:.2f} % of {n} "
+            f"pictures, {time.strftime('%H:%M:%S', time.gmtime(time.time() - start))} h")
+        return
+
+    # --- head and optimizer
+    accum = args.total_batch // (args.batch_size * world)
+    if accum * args.batch_size * world != args.total_batch:
+        raise SystemExit(f"--total-batch {args.total_batch} is no multiple of --batch-size {args.batch_size} x {world}")
+    steps_per_epoch = loader.num_samples // world // args.batch_size // accum
+    if steps_per_epoch == 0:
+        raise SystemExit(f"{loader.num_samples} pictures do not fill a step of {args.total_batch}: lower --total-batch")
+    steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), nn.Linear(model.embed_dim, classes))
+    nn.init.normal_(head[1].weight, std=0.01)
+    nn.init.zeros_(head[1].bias)
+    head = wrapped = head.to(device)
+    if world > 1:
+        wrapped = DistributedDataParallel(head, device_ids=[device] if device.type == "cuda" else None)
+    optimizer = LARS(head.parameters(), weight_decay=args.weight_decay)
+
+    # --- resume: from the end of an epoch, which is seconds to minutes
+    last = folder / "last.pt"
+    source = {"auto": last if last.is_file() else None, "none": None}.get(args.resume, Path(args.resume))
+    settings = {k: getattr(args, k) for k in ("checkpoint", "cached", "pool", "epochs", "warmup_epochs", "blr",
+                                              "weight_decay", "total_batch", "seed")}
+    settings.update(num_samples=loader.num_samples, classes=classes, size=size, **vit)
+    done, top1 = 0, None
+    if source:
+        try:
+            state = torch.load(source, map_location=device, weights_only=True)
+            differ = [f"{k}: {state['settings'].get(k)} there, {v} here" for k, v in settings.items()
+                      if state["settings"].get(k) != v]
+        except Exception as e:  # a damaged pickle can raise anything
+            raise SystemExit(f"--resume {source}: not a checkpoint of linprobe.py that can be read ({e})")
+        if differ:
+            raise SystemExit(f"{source} is of a run with other settings ({'; '.join(differ)}). Give the same, or "
+                             "another --output-dir, or --resume none to start over in this one.")
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, top1, top5, n = state["epoch"], *state["result"]
+    log = RunLog(folder, done * steps_per_epoch) if rank == 0 else None
+
+    # --- train
+    for epoch in range(done, args.epochs):
+        clock, total = time.time(), torch.zeros((), device=device)
+        loader.set_epoch(epoch)
+        order = np.random.default_rng([args.seed, epoch]).permutation(loader.num_samples)
+        order = order[:len(order) // world * world][rank::world]
+        batches = (stored_batches(bank, labels, order, args.batch_size, device) if stored
+                   else encoded(model, loader, autocast))
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            optimizer.param_groups[0]["lr"] = lr = lr_at(step, steps, warmup, args.blr * args.total_batch / 256)
+            for micro in range(accum):
+                features, targets = next(batches)
+                with nullcontext() if world == 1 or micro == accum - 1 else wrapped.no_sync():
+                    loss = F.cross_entropy(wrapped(features), targets)
+                    (loss / accum).backward()
+                total += loss.detach() / accum
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        batches.close()
+        head.eval()
+        top1, top5, n = accuracy(head, val_batches(), device)
+        head.train()
+        if world > 1:
+            dist.all_reduce(total)
+        values = dict(epoch=epoch, loss=total.item() / steps_per_epoch / world, lr=lr, top1=top1, top5=top5,
+                      img_s=steps_per_epoch * args.total_batch / (time.time() - clock))
+        if not math.isfinite(values["loss"]):
+            raise SystemExit(f"the loss is {values['loss']} in epoch {epoch}: try a lower --blr")
+        say(f"epoch {epoch} loss {values['loss']:.4f}, top-1 {top1:.2f} %, {values['img_s']:.0f} images/s")
+        if rank == 0:
+            log.write((epoch + 1) * steps_per_epoch, **values)
+            save({"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+                  "result": [top1, top5, n], "settings": settings, "model": model.settings}, last)
+    say(f"done: linear probe on {args.pool} features, {args.epochs} epochs, top-1 {top1:.2f} %, top-5 {top5:.2f} % of "
+        f"{n} pictures, {time.strftime('%H:%M:%S', time.gmtime(time.time() - start))} h")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except (DataError, WeightsError) as e:
+        raise SystemExit(f"linprobe: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
