@@ -774,32 +774,38 @@ def destroy_decoder(handle):
 
 
 @njit(nogil=True, cache=True)
+def split_rgb(rgb, width, x, y, w, h, scratch):
+    """Takes the box of an interleaved RGB picture apart into three planes in scratch.split."""
+    wide = (w + 63) // 64 * 64
+    for c in range(3):
+        for row in range(h):
+            line, to = rgb[3 * ((y + row) * width + x) + c:][:3 * w], scratch.split[(c * h + row) * wide:][:w]
+            for i in range(w):
+                to[i] = line[3 * i]
+        p = scratch.plane[c]
+        p[0], p[1], p[2], p[3], p[4], p[5] = c * h * wide, wide, x, y, 1, 1
+
+
+@njit(nogil=True, cache=True)
 def resized_crop(src, size, mode, width, height, x, y, w, h, res, bicubic, flip, out, scratch):
     """Decodes, crops, resizes and flips one stored sample into out, res * res * 3 bytes of interleaved RGB.
 
     Reference: Pillow's decode, crop, resize. Returns a code of REASONS.
     """
-    planes, rgb, ycc, components = scratch.planes, src, True, 3
-    if mode == 0:
-        code = decode_planes(src, size, width, height, x, y, w, h, scratch)
-        components = scratch.info[COMPONENTS]
-        if code == UNKNOWN:
-            code, rgb, ycc, components = decode_rgb(src, size, width, height, scratch), scratch.planes, False, 3
-        if code != OK:
-            return code
-    elif size != 3 * width * height:
+    planes, ycc, components, code = scratch.split, False, 3, OK
+    if mode == 1 and size == 3 * width * height:
+        split_rgb(src, width, x, y, w, h, scratch)
+    elif mode == 1:
         return OTHER_SIZE
     else:
-        ycc = False
-    if not ycc:  # interleaved RGB, stored so or decoded so: take it apart
-        planes, wide = scratch.split, (w + 63) // 64 * 64
-        for c in range(3):
-            for row in range(h):
-                line, to = rgb[3 * ((y + row) * width + x) + c:][:3 * w], planes[(c * h + row) * wide:][:w]
-                for i in range(w):
-                    to[i] = line[3 * i]
-            p = scratch.plane[c]
-            p[0], p[1], p[2], p[3], p[4], p[5] = c * h * wide, wide, x, y, 1, 1
+        code = decode_planes(src, size, width, height, x, y, w, h, scratch)
+        if code == OK:
+            planes, ycc, components = scratch.planes, True, scratch.info[COMPONENTS]
+        elif code == UNKNOWN:
+            code = decode_rgb(src, size, width, height, scratch)
+            split_rgb(scratch.planes, width, x, y, w, h, scratch)
+    if code != OK:
+        return code
     for c in range(components):
         resize_plane(planes, scratch.plane[c], x, y, w, h, res, bicubic, flip, scratch.resized[c], scratch)
     write_rgb(scratch.resized, components, (res + 7) // 8 * 8, res, ycc, out)
@@ -1293,6 +1299,18 @@ class FolderLoader(_Loader):
 
 
 # --- the same decoder inside FFCV
+@njit(nogil=True, cache=True)
+def fill_share(table, wide, tall, scale, ratio, seed, epoch, res, bicubic, codes):
+    """One thread's share of a batch; a row of table: address, size, mode, width, height, number of a sample, output."""
+    scratch = make_scratch(table[:, 1].max() if len(table) else 0, wide, tall, res)
+    for i in range(len(table)):
+        address, size, mode, width, height, draw, to = table[i]
+        x, y, w, h = random_box(width, height, scale, ratio, seed, epoch, draw)
+        codes[i] = resized_crop(carray(as_pointer(address), (size,), np.uint8), size, mode, width, height, x, y, w, h,
+                                res, bicubic, False, carray(as_pointer(to), (3 * res * res,), np.uint8), scratch)
+    destroy_decoder(scratch.tj[0])
+
+
 def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic", seed=0):
     """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder: decodes only the crop (the paper's ESSL).
 
@@ -1325,20 +1343,16 @@ def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
 
             def decode(batch_indices, destination, metadata, storage_state):
                 n, number = len(batch_indices), atomic_add(counter, 1)
-                codes = np.zeros(n, np.int64)
+                table, codes = np.empty((n, 7), np.int64), np.empty(n, np.int64)
+                for i in range(n):
+                    sample = metadata[batch_indices[i]]
+                    data, row = read(sample["data_ptr"], storage_state), table[i]
+                    row[0], row[1], row[2] = data.ctypes.data, data.size, sample["mode"]
+                    row[3], row[4], row[5] = sample["width"], sample["height"], batch_indices[i]
+                    row[6] = destination[i].ctypes.data
                 for thread in parallel(threads):
-                    largest = 0
-                    for i in range(thread, n, threads):
-                        largest = max(largest, read(metadata[batch_indices[i]]["data_ptr"], storage_state).size)
-                    scratch = make_scratch(largest, wide, tall, res)
-                    for i in range(thread, n, threads):
-                        sample = metadata[batch_indices[i]]
-                        data = read(sample["data_ptr"], storage_state)
-                        width, height = np.int64(sample["width"]), np.int64(sample["height"])
-                        x, y, w, h = random_box(width, height, scale, ratio, seed, number, np.int64(batch_indices[i]))
-                        codes[i] = resized_crop(data, data.size, sample["mode"], width, height, x, y, w, h, res, bicubic,
-                                                False, destination[i].reshape(-1), scratch)
-                    destroy_decoder(scratch.tj[0])
+                    fill_share(table[thread::threads], wide, tall, scale, ratio, seed, number, res, bicubic,
+                               codes[thread::threads])
                 if codes.max() != 0:
                     raise ValueError("a sample of the .beton file is damaged: python build_beton.py --verify FILE")
                 return destination[:n]

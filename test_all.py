@@ -91,6 +91,9 @@ def beton(tmp_path_factory):
     for i in range(40):
         picture = draw(rng, int(rng.integers(50, 400)), int(rng.integers(50, 400)))
         jpeg = encode(picture.convert("L") if i % 10 == 9 else picture, 0 if i % 4 == 3 else 2, i % 3 > 0)
+        if i == 14:  # not baseline: decoded whole, by libjpeg-turbo
+            picture.save(progressive := io.BytesIO(), "JPEG", quality=95, progressive=True)
+            jpeg = progressive.getvalue()
         items.append((0, *picture.size, jpeg) if i % 20 != 5 else (1, *picture.size, np.asarray(picture).tobytes()))
     path = write_beton(tmp_path_factory.mktemp("beton") / "mixed.beton", items)
     return path, items
@@ -581,6 +584,53 @@ def test_loader_reads_files_of_ffcvs_writer(tmp_path):
         loader = ESSLLoader(path, 10, res=64, seed=8)
         means, _ = compare_with_pillow(loader, lambda p: Image.fromarray(reader.image(p)), 64, 8)
         assert means.max() < 1
+
+
+IN_FFCV = """
+import sys, numpy as np
+from essl_loader import ffcv_decoder
+from ffcv.fields.basics import IntDecoder
+from ffcv.loader import Loader, OrderOption
+decoder = ffcv_decoder((48, 48), scale=(0.3, 1.0), seed=3)
+batches = Loader(sys.argv[1], 16, num_workers=int(sys.argv[3]), order=OrderOption.SEQUENTIAL,
+                 pipelines={"image": [decoder], "label": [IntDecoder()]})
+np.savez(sys.argv[2], *[array.copy() for batch in batches for array in batch])
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_loader_in_ffcv_decodes_the_same(folder, tmp_path, threads):
+    """ffcv_decoder in stock ffcv's Loader gives what Pillow makes of its boxes; order and labels are FFCV's."""
+    # In a process of its own: an error in one of FFCV's threads would leave us waiting for ever
+    subprocess.run([sys.executable, "-c", IN_FFCV, folder / "train.beton", tmp_path / "out.npz", str(threads)], check=True,
+                   timeout=240, cwd=HERE)
+    reader, out = BetonReader(folder / "train.beton"), np.load(tmp_path / "out.npz")
+    assert len(out.files) == 8
+    for number in range(4):
+        images, labels = out[f"arr_{2 * number}"], out[f"arr_{2 * number + 1}"]
+        for row, (image, label) in enumerate(zip(images, labels[:, 0])):
+            i = 16 * number + row
+            full = Image.fromarray(pixels(reader.read(i)))
+            x, y, w, h = random_box(*full.size, (0.3, 1.0), (3 / 4, 4 / 3), 3, number, i)
+            expected = full.crop((x, y, x + w, y + h)).resize((48, 48), Image.Resampling.BICUBIC)
+            assert np.abs(image.astype(int) - np.asarray(expected)).mean() < 1.5 and label == reader.labels[i]
+
+
+def test_loader_pages_order_reads_windows(tmp_path, monkeypatch):
+    """order="pages": each sample once, ranks partition, epochs differ, and file offsets come in sequential windows."""
+    blob = encode(draw(np.random.default_rng(0), 40, 40))
+    path = write_beton(tmp_path / "many.beton", [(0, 40, 40, blob + bytes(300_000)) for _ in range(400)])  # 15 pages
+    monkeypatch.setattr(essl_loader, "WINDOW", 3 * (8 << 20))
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, advice: asked.append(at))
+    loaders = [ESSLLoader(path, 10, res=16, order="pages", rank=rank, world_size=2) for rank in range(2)]
+    epochs = [[torch.cat([labels for _, labels in loader]) for loader in loaders] for _ in range(2)]
+    for ranks in epochs:
+        assert sorted(torch.cat(ranks).tolist()) == list(range(400))
+        pages = BetonReader(path).ptrs[torch.stack(ranks, 1).flatten().numpy()] // (8 << 20)
+        windows = [(pages + shift) // 3 for shift in range(3)]  # one of the shifts leaves no window once it is entered
+        assert any((np.diff(w) != 0).sum() == len(np.unique(w)) - 1 for w in windows) and len(np.unique(pages[:40])) > 1
+    assert epochs[0][0].tolist() != epochs[1][0].tolist() and set(asked) == set(range(0, 16 * (8 << 20), 3 * (8 << 20)))
 
 
 # --- schedules
