@@ -56,7 +56,7 @@ def take(x, index):
 
 
 class Reorder(torch.autograd.Function):
-    """Tokens (B, L, D) in another order. The gradient is a gather too: torch's own is a scatter-add, atomic on a GPU."""
+    """Tokens (B, L, D) in another order; the gradient is a gather too, torch's own is a scatter-add with atomics."""
 
     @staticmethod
     def forward(ctx, x, order, back):
