@@ -1,7 +1,7 @@
 """The masked autoencoder, the ViT it becomes, and their weights.
 
-MAE (He et al., arXiv 2111.06377) with the official parameter names, so that official checkpoints load both ways. Shapes:
-B images, L patches, K kept, D width, P = p * p * 3 pixel values of a patch. Needs torch and timm.
+MAE (He et al., arXiv 2111.06377) with the official parameter names, so that official checkpoints load both ways.
+Shapes: B images, L patches, K kept, D width, P = p * p * 3 pixel values of a patch. Needs torch and timm.
 """
 import argparse
 import json
@@ -24,21 +24,53 @@ def num_kept(num_patches, mask_ratio):
     return int(round(num_patches * (1 - mask_ratio), 6))
 
 
-def flops_per_image(resolution, mask_ratio, patch_size=16, embed_dim=768, depth=12, decoder_embed_dim=512,
-                    decoder_depth=8, mlp_ratio=4.0, **_):
-    """Floating-point operations to train on one image: matrix products and attention, backward counted as twice forward.
+def num_decoded(num_patches, kept, decoder_keep):
+    """Removed patches that the decoder reconstructs: a share of them, at least one."""
+    return max(1, round((num_patches - kept) * decoder_keep))
 
-    Takes a model's `settings` as keywords; the defaults are ViT-B/16.
+
+def flops_per_image(resolution, mask_ratio, decoder_keep=1.0, patch_size=16, embed_dim=768, depth=12,
+                    decoder_embed_dim=512, decoder_depth=8, mlp_ratio=4.0, **_):
+    """Floating-point operations to train on one image, the probe aside: what torch.utils.flop_counter counts.
+
+    Takes a model's `settings` as keywords; the defaults are ViT-B/16. A multiply-add is 2; backward is twice forward,
+    but once for the patch embedding, whose input needs no gradient. What fused attention computes a second time in
+    its backward pass (torch counts it there: 5 products instead of 4) is no model FLOP and does not raise an MFU.
     """
-    patches = (resolution // patch_size) ** 2
-    kept, pixels = num_kept(patches, mask_ratio), 3 * patch_size ** 2
+    patches, pixels = (resolution // patch_size) ** 2, 3 * patch_size ** 2
+    kept = num_kept(patches, mask_ratio)
+    decoded = num_decoded(patches, kept, decoder_keep)
 
     def blocks(tokens, width, depth):
         return depth * ((4 + 2 * mlp_ratio) * tokens * width ** 2 + 2 * tokens ** 2 * width)
-    encoder = kept * pixels * embed_dim + blocks(kept + 1, embed_dim, depth)
-    decoder = ((kept + 1) * embed_dim * decoder_embed_dim + blocks(patches + 1, decoder_embed_dim, decoder_depth)
-               + (patches + 1) * decoder_embed_dim * pixels)
-    return 2 * 3 * (encoder + decoder)
+    forward = (blocks(kept + 1, embed_dim, depth) + (kept + 1) * embed_dim * decoder_embed_dim
+               + blocks(1 + kept + decoded, decoder_embed_dim, decoder_depth)
+               + (1 + patches if decoder_keep == 1 else decoded) * decoder_embed_dim * pixels)
+    return 2 * (3 * forward + 2 * kept * pixels * embed_dim)
+
+
+# --- orders of patches
+def inverse(order):
+    """(B, L) permutations -> their inverses, without a second sort."""
+    return order.scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
+def take(x, index):
+    """Rows of x (B or 1, L, D) at index (B, K) -> (B, K, D)"""
+    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+class Reorder(torch.autograd.Function):
+    """Tokens (B, L, D) in another order; the gradient is a gather too, torch's own is a scatter-add with atomics."""
+
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(back)
+        return take(x, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return take(grad, *ctx.saved_tensors), None, None
 
 
 # --- pixels and positions
@@ -87,6 +119,11 @@ def init_linear(m):
     elif isinstance(m, nn.LayerNorm):
         nn.init.ones_(m.weight)
         nn.init.zeros_(m.bias)
+
+
+def resample_again(model, incompatible_keys):
+    """After loading: the tables that `prepare` made belong to the weights before."""
+    model.prepare(*model.grids)
 
 
 class PatchEmbed(nn.Module):
@@ -142,6 +179,22 @@ class MaskedAutoencoderViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
+        self.grids = ()
+        self.register_load_state_dict_post_hook(resample_again)
+
+    def prepare(self, *grids):
+        """Resamples the position tables to these grids now, once, instead of in every step; saved nowhere."""
+        self.grids = grids
+        for name in ("pos_embed", "decoder_pos_embed"):
+            for grid in grids:
+                table = resample_table(getattr(self, name), grid).detach()
+                self.register_buffer(f"{name}_{grid}", table, persistent=False)
+
+    def table(self, name, grid):
+        """Position table (1, 1 + grid * grid, D), as prepared or resampled."""
+        table = getattr(self, f"{name}_{grid}", None)
+        return resample_table(getattr(self, name), grid) if table is None else table
+
     def normalize(self, imgs):
         """uint8 (B, 3, H, W) -> float, ImageNet mean and standard deviation; float input is taken as normalised."""
         return imgs if imgs.is_floating_point() else (imgs.float() / 255 - self.mean) / self.std
@@ -155,32 +208,44 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_encoder(self, patches, mask_ratio, noise=None):
         """(B, L, P) -> latent (B, 1 + K, D), mask (B, L; 1 = removed), ids_restore (B, L)."""
-        B, L, P = patches.shape
+        B, L = patches.shape[:2]
         K = num_kept(L, mask_ratio)
         if noise is None:
             noise = torch.rand(B, L, device=patches.device)
         shuffle = noise.argsort(dim=1)
-        restore = shuffle.argsort(dim=1)
-        keep = shuffle[:, :K, None]
+        restore, keep = inverse(shuffle), shuffle[:, :K]
         mask = (restore >= K).to(patches.dtype)
-        pos = resample_table(self.pos_embed, int(L ** 0.5))
-        x = self.patch_embed(patches.gather(1, keep.expand(-1, -1, P)))  # (B, K, D): only what is kept is embedded
-        x = x + pos[:, 1:].expand(B, -1, -1).gather(1, keep.expand(-1, -1, x.shape[2]))
+        pos = self.table("pos_embed", int(L ** 0.5))
+        x = self.patch_embed(take(patches, keep)) + take(pos[:, 1:], keep)  # (B, K, D): only what is kept is embedded
         x = torch.cat([(self.cls_token + pos[:, :1]).expand(B, -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, restore
 
-    def forward_decoder(self, latent, ids_restore):
-        """latent (B, 1 + K, D) -> predicted patches (B, L, P)"""
+    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0):
+        """latent (B, 1 + K, D), ids_restore (B, L) -> predicted patches (B, L, P).
+
+        decoder_keep < 1 reconstructs that share of the removed patches, those of the next smallest noise, from as few
+        mask tokens (dual masking, VideoMAE V2, arXiv 2303.16727); the other rows of the prediction are zeros.
+        """
         x = self.decoder_embed(latent)
-        B, L, width = *ids_restore.shape, x.shape[2]
-        tokens = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(B, L + 1 - x.shape[1], -1)], dim=1)
-        tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, width))
-        x = torch.cat([x[:, :1], tokens], dim=1) + resample_table(self.decoder_pos_embed, int(L ** 0.5))
+        (B, L), K = ids_restore.shape, x.shape[1] - 1
+        pos = self.table("decoder_pos_embed", int(L ** 0.5))
+        N, shuffle = num_decoded(L, K, decoder_keep), inverse(ids_restore)
+        masks = self.mask_token.to(x.dtype).expand(B, N, -1)
+        if decoder_keep == 1:
+            tokens = Reorder.apply(torch.cat([x[:, 1:], masks], dim=1), ids_restore, shuffle)
+            x = torch.cat([x[:, :1], tokens], dim=1) + pos
+        else:  # attention knows no order: the tokens stay as noise shuffled them, each with its own position
+            places = torch.cat([torch.zeros_like(shuffle[:, :1]), shuffle[:, :K + N] + 1], dim=1)
+            x = torch.cat([x, masks], dim=1) + take(pos, places)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        if decoder_keep == 1:
+            return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        pred = self.decoder_pred(self.decoder_norm(x[:, 1 + K:]))  # (B, N, P)
+        index = shuffle[:, K:K + N, None].expand(-1, -1, pred.shape[2])
+        return pred.new_zeros(B, L, pred.shape[2]).scatter(1, index, pred)
 
     def forward_loss(self, patches, pred, mask):
         """Mean square error over the removed patches, in float32 whatever pred is; targets normalised per patch."""
@@ -191,15 +256,24 @@ class MaskedAutoencoderViT(nn.Module):
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (B, L)
         return (loss * mask).sum() / mask.sum()
 
-    def forward(self, imgs, mask_ratio=0.75, noise=None):
+    def forward(self, imgs, mask_ratio=0.75, noise=None, decoder_keep=1.0):
         """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, P), mask (B, L; 1 = removed).
 
-        noise (B, L) fixes the mask: the patches with the smallest values stay.
+        noise (B, L) fixes the mask: the patches with the smallest values stay. With decoder_keep < 1 the mask is 1 only
+        where a removed patch was reconstructed, and pred is zero elsewhere.
         """
+        loss, pred, mask, _ = self.train_parts(imgs, mask_ratio, noise, decoder_keep)
+        return loss, pred, mask
+
+    def train_parts(self, imgs, mask_ratio, noise, decoder_keep):
+        """As forward, and the latent (B, 1 + K, D), for a probe."""
         patches = self.patches(imgs)
         latent, mask, restore = self.forward_encoder(patches, mask_ratio, noise)
-        pred = self.forward_decoder(latent, restore)
-        return self.forward_loss(patches, pred, mask), pred, mask
+        pred = self.forward_decoder(latent, restore, decoder_keep)
+        if decoder_keep != 1:
+            L, K = mask.shape[1], latent.shape[1] - 1
+            mask = mask * (restore < K + num_decoded(L, K, decoder_keep))
+        return self.forward_loss(patches, pred, mask), pred, mask, latent
 
     @torch.no_grad()
     def features(self, imgs):
@@ -219,8 +293,8 @@ mae_vit_small_patch16 = partial(MaskedAutoencoderViT, embed_dim=384, num_heads=6
 mae_vit_base_patch16 = partial(MaskedAutoencoderViT)
 mae_vit_large_patch16 = partial(MaskedAutoencoderViT, embed_dim=1024, depth=24, num_heads=16)
 mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
-SIZES = ("mae_vit_nano_patch8", "mae_vit_tiny_patch16", "mae_vit_small_patch16", "mae_vit_base_patch16", "mae_vit_large_patch16",
-         "mae_vit_huge_patch14")
+SIZES = ("mae_vit_nano_patch8", "mae_vit_tiny_patch16", "mae_vit_small_patch16", "mae_vit_base_patch16",
+         "mae_vit_large_patch16", "mae_vit_huge_patch14")
 
 
 # --- the ViT it becomes

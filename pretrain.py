@@ -1,13 +1,17 @@
 """Pretrains a masked autoencoder with the paper's progressive schemes of resolution and mask ratio.
 
-    torchrun --nproc_per_node 8 pretrain.py --scheme s5 --epochs 800      # ImageNet-1k, the paper's run
-    python pretrain.py --demo                                             # drawn pictures, two CPU cores, two minutes
+    torchrun --nproc_per_node 8 pretrain.py --scheme s5 --epochs 800   # ImageNet-1k, the paper's run
+    python pretrain.py --demo                                          # drawn pictures, two CPU cores, two minutes
+    python pretrain.py --plan --hours 24                               # what fits into a day on this machine?
+    python pretrain.py --bench                                         # images/s and MFU of each stage, to bench.json
 
-A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt, a milestone checkpoint per stage and recon_*.png.
+A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt, a milestone checkpoint per stage, recon_*.png.
 Run the same command again and it goes on where it stopped. The last line is the result:
     done: 24 epochs, loss 1.373 -> 0.401, probe top-1 88.0 %, 0:02:00 h, runs/demo/last.pt
 """
 import argparse
+import copy
+import itertools
 import json
 import math
 import os
@@ -16,6 +20,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,42 +38,54 @@ from schedules import PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_STAGES, lr_at, stage_
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo", input_size=64,
             model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64, batch_size=64, blr=4e-3)
+PEAK_TFLOPS = {"A100": 312, "H100 80GB": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--demo", action="store_true", help="two minutes on a CPU: draw pictures if absent, train a tiny model")
-    p.add_argument("--data", default="data/train_500_95.beton", help="training set: a .beton file or a folder of classes")
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--demo", action="store_true", help="two minutes on a CPU: draw pictures if absent, tiny model")
+    p.add_argument("--data", default="data/train_500_95.beton", help="training set: a .beton file or a class folder")
     p.add_argument("--val-data", default="data/val_500_100.beton", help="held-out set for the probe, likewise")
     p.add_argument("--output-dir", default="runs/pretrain", help="the run's folder")
     p.add_argument("--model", default="mae_vit_base_patch16", choices=models_mae.SIZES, help="model size")
     p.add_argument("--input-size", type=int, default=224, help="full resolution in pixels; the schemes scale with it")
-    p.add_argument("--scheme", default="s5", choices=PRETRAIN_SCHEMES, help="resolution and mask ratio per stage (Table 10)")
-    p.add_argument("--stages", type=float, nargs=3, default=PRETRAIN_STAGES, metavar="SHARE", help="shares of the epochs")
+    p.add_argument("--scheme", default="s5", choices=PRETRAIN_SCHEMES, help="resolutions and mask ratios (Table 10)")
+    p.add_argument("--stages", type=float, nargs=3, default=PRETRAIN_STAGES, metavar="SHARE", help="in epochs, sum 1")
     p.add_argument("--mask-ratio", type=float, help="one mask ratio for all stages instead of the scheme's")
+    p.add_argument("--decoder-keep", type=float, default=1.0,
+                   help="share of the removed patches that the decoder reconstructs; 1 is the paper's (all)")
     p.add_argument("--epochs", type=int, default=PRETRAIN["epochs"], help="passes over the data")
     p.add_argument("--warmup-epochs", type=float, default=PRETRAIN["warmup_epochs"], help="linear warm-up of the rate")
     p.add_argument("--blr", type=float, default=PRETRAIN["blr"], help="learning rate for 256 images a step")
     p.add_argument("--weight-decay", type=float, default=PRETRAIN["weight_decay"], help="AdamW's, for matrices")
     p.add_argument("--total-batch", type=int, default=PRETRAIN["total_batch"], help="images a step, over all GPUs")
-    p.add_argument("--batch-size", type=int, default=512, help="images at once on one GPU; accumulation makes up the rest")
+    p.add_argument("--batch-size", type=int, default=512, help="images at once on one GPU; accumulation does the rest")
     p.add_argument("--probe", default="masked", choices=("masked", "full", "off"),
                    help="online probe: on the masked forward's features (nearly free), on a second, full forward (the "
                         "paper's, +60 %% FLOPs), or none; accuracy is always on held-out full pictures")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                    help="torch.compile the training step")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, crops and masks")
-    p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; or a checkpoint")
+    p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
     p.add_argument("--viz-every", type=int, default=20, help="epochs between reconstruction pictures; also at the end")
+    p.add_argument("--bench", action="store_true", help="only measure the scheme's stages, next to a plain eager model")
+    p.add_argument("--plan", action="store_true", help="only measure, and say how long every scheme would take here")
+    p.add_argument("--steps", type=int, default=20, help="steps of one measurement of --bench and --plan")
+    p.add_argument("--hours", type=float, default=24, help="the budget of --plan")
+    p.add_argument("--gpus", type=int, default=1, help="GPUs of --plan, each with a share of cores like this one's")
+    p.add_argument("--peak-tflops", type=float, help="one GPU's for the MFU; known: " + ", ".join(PEAK_TFLOPS))
     argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
     argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
     if "--demo" in argv:
         p.set_defaults(**DEMO)  # what the command line names still wins
     args = p.parse_args(argv)
-    if args.epochs < 1 or args.batch_size < 1 or args.save_every < 1:
-        p.error("--epochs, --batch-size and --save-every must be at least 1")
+    if min(args.epochs, args.batch_size, args.save_every, args.steps, args.gpus) < 1:
+        p.error("--epochs, --batch-size, --save-every, --steps and --gpus must be at least 1")
+    if not 0 < args.decoder_keep <= 1:
+        p.error(f"--decoder-keep {args.decoder_keep}: expected a share above 0, at most 1")
     return args
 
 
@@ -142,21 +159,67 @@ class RunLog:
 class PretrainStep(nn.Module):
     """Model and online probe as one module, so that DDP and torch.compile see one forward: (loss, probe loss)."""
 
-    def __init__(self, model, classes, probe):
+    def __init__(self, model, classes, probe, decoder_keep=1.0):
         super().__init__()
-        self.model, self.probe = model, probe
+        self.model, self.probe, self.decoder_keep = model, probe, decoder_keep
         if probe != "off":
             width = model.settings["embed_dim"]
             self.head = nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, classes))
 
     def forward(self, images, labels, mask_ratio, noise):
-        patches = self.model.patches(images)
-        latent, mask, restore = self.model.forward_encoder(patches, mask_ratio, noise)
-        loss = self.model.forward_loss(patches, self.model.forward_decoder(latent, restore), mask)
+        loss, _, _, latent = self.model.train_parts(images, mask_ratio, noise, self.decoder_keep)
         if self.probe == "off":
             return loss, torch.zeros_like(loss)
         features = self.model.features(images) if self.probe == "full" else latent[:, 1:].mean(dim=1).detach()
         return loss, F.cross_entropy(self.head(features.float()), labels)
+
+
+def adamw(step_module, weight_decay, **kwargs):
+    """Decay for matrices only; the last group, the probe's, has its own constant rate."""
+    trained = [p for p in step_module.model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    if step_module.probe != "off":
+        groups.append({"params": list(step_module.head.parameters()), "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=1e-3, betas=PRETRAIN["betas"], **kwargs)
+
+
+def mask_noise(rng, seed, step, shape, rank):
+    """(accum, B, L) of one draw (accum, B, world, L) by (seed, step): the same masks for any number of ranks."""
+    return torch.rand(shape, device=rng.device, generator=rng.manual_seed(seed * 1_000_003 + step))[:, :, rank]
+
+
+def take_step(train_step, optimizer, scaler, autocast, batches, noise, mask_ratio):
+    """One step over the micro-batches of noise (accum, B, L) -> loss, on the device, and seconds waited for data."""
+    total, waited, no_sync = 0.0, 0.0, getattr(train_step, "no_sync", nullcontext)  # DDP's: gradients meet once
+    for micro in range(len(noise)):
+        t = time.time()
+        images, labels = next(batches)
+        waited += time.time() - t
+        with nullcontext() if micro == len(noise) - 1 else no_sync():
+            with autocast:
+                loss, probe_loss = train_step(images, labels, mask_ratio, noise[micro])
+            scaler.scale((loss + probe_loss) / len(noise)).backward()
+        total = total + loss.detach() / len(noise)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, waited
+
+
+def warm_up(train_step, stages, batch_size, patch_size, world, autocast, device):
+    """Compiles every stage's graphs on blank pictures; weights, statistics and generators stay as they were."""
+    before = [(b, b.clone()) for b in train_step.buffers()]
+    for res, mask_ratio in stages:
+        images = torch.zeros(batch_size, 3, res, res, dtype=torch.uint8, device=device)
+        noise = mask_noise(torch.Generator(device), 0, 0, (1, batch_size, world, (res // patch_size) ** 2), 0)
+        with autocast:
+            losses = train_step(images.contiguous(memory_format=torch.channels_last),
+                                torch.zeros(batch_size, dtype=torch.int64, device=device), mask_ratio, noise[0])
+        sum(losses).backward()
+    for buffer, value in before:
+        buffer.copy_(value)
+    train_step.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -197,6 +260,55 @@ def save_reconstructions(model, images, mask_ratio, path):
     model.train()
 
 
+# --- measure
+def forever(loader):
+    """Batches of one epoch after the other."""
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def measure(step, count, device):
+    """count calls of step() after two -> seconds a call, share of them that waits for data, peak GiB on a GPU."""
+    cuda = torch.cuda if device.type == "cuda" else None
+    step(), step()
+    if cuda:
+        cuda.synchronize(device)
+        cuda.reset_peak_memory_stats(device)
+    clock = time.time()
+    waited = sum(step()[1] for _ in range(count))
+    if cuda:
+        cuda.synchronize(device)
+    seconds = time.time() - clock
+    return seconds / count, waited / seconds, cuda.max_memory_allocated(device) / 2 ** 30 if cuda else None
+
+
+def measure_stage(res, mask_ratio, count, loader, accum, patch_size, ours, plain=None):
+    """{way: {seconds, img_s, data_wait, peak_gib}} at a stage: `loader`, the training; `model`, on random pictures
+    alone; `plain`, that of the eager reference. In turns, three rounds, the median; without plain, one of `loader`.
+
+    ours and plain: the first arguments of take_step.
+    """
+    loader.set_stage(res=res)
+    device, B, found = loader.device, loader.batch_size, {}
+    noise = torch.rand(accum, B, (res // patch_size) ** 2, device=device)
+    images = torch.randint(256, (B, 3, res, res), dtype=torch.uint8, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(B, dtype=torch.int64, device=device)
+    for _ in range(3 if plain else 1):
+        ways = {"loader": (ours, forever(loader))}
+        if plain:
+            ways["model"] = ours, itertools.repeat((images, labels))
+            ways["plain"] = plain, itertools.repeat((plain[0].model.normalize(images), labels))
+        for way, (how, batches) in ways.items():
+            found.setdefault(way, []).append(
+                measure(lambda: take_step(*how, batches, noise, mask_ratio), count, device))
+        ways["loader"][1].close()
+    middle = {way: sorted(results)[len(results) // 2] for way, results in found.items()}
+    return {way: dict(seconds=seconds, img_s=accum * B / seconds, data_wait=waited, peak_gib=peak)
+            for way, (seconds, waited, peak) in middle.items()}
+
+
 def main(args):
     start = time.time()
     rank, world, device, stop = setup(args.seed)
@@ -204,11 +316,14 @@ def main(args):
         subprocess.run([sys.executable, Path(__file__).with_name("build_beton.py"), "--demo"], check=True)
     if world > 1:
         dist.barrier()
-    accum = args.total_batch // (args.batch_size * world)
-    if accum * args.batch_size * world != args.total_batch:
-        raise SystemExit(f"--total-batch {args.total_batch} is not a multiple of --batch-size {args.batch_size} x {world} "
-                         f"process(es): take --batch-size {math.gcd(args.total_batch // world or 1, args.batch_size)}, or "
-                         "another total")
+    if world > 1 and (args.bench or args.plan):
+        raise SystemExit("--bench and --plan measure one GPU: run them without torchrun; --plan takes --gpus")
+    ranks = args.gpus if args.plan else world
+    accum = args.total_batch // (args.batch_size * ranks)
+    if accum * args.batch_size * ranks != args.total_batch:
+        raise SystemExit(f"--total-batch {args.total_batch} is not a multiple of --batch-size {args.batch_size} x "
+                         f"{ranks} process(es): take --batch-size "
+                         f"{math.gcd(args.total_batch // ranks or 1, args.batch_size)}, or another total")
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,36 +344,96 @@ def main(args):
         except DataError as e:
             raise SystemExit(f"--val-data, for the held-out probe: {e} Or train without it: --probe off.")
         if loader.classes and val.classes and loader.classes != val.classes:
-            raise SystemExit(f"{args.data} has the classes {loader.classes[:3]}..., {args.val_data} {val.classes[:3]}...: "
-                             "the probe needs the same; name the matching --val-data, or --probe off")
-    steps_per_epoch = len(loader) // accum
+            raise SystemExit(f"{args.data} has the classes {loader.classes[:3]}..., {args.val_data} has "
+                             f"{val.classes[:3]}...: the probe needs the same; name the matching --val-data, or "
+                             "--probe off")
+    steps_per_epoch = len(loader) * world // (accum * ranks)
     if steps_per_epoch == 0:
-        raise SystemExit(f"{loader.num_samples} pictures do not fill one step of {args.total_batch}: lower --total-batch")
+        raise SystemExit(f"{loader.num_samples} pictures do not fill one step of {args.total_batch}: lower "
+                         "--total-batch")
     steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    probe_every = max(1, args.epochs // 100)  # a hundred points of the curve: the held-out pass costs a little
 
     # --- model
     model = getattr(models_mae, args.model)(img_size=args.input_size)
-    step_module = PretrainStep(model, classes, probe).to(device)
+    p = model.patch_size
+
+    def stage_of(scheme, epoch):
+        """(stage index, (resolution, mask ratio)) of an epoch"""
+        i, (res, mask_ratio) = stage_at(PRETRAIN_SCHEMES[scheme], epoch, args.epochs, args.stages, args.input_size, p)
+        return i, (res, mask_ratio if args.mask_ratio is None else args.mask_ratio)
+    schemes = PRETRAIN_SCHEMES if args.plan else (args.scheme,)
+    stages = list(dict.fromkeys(stage_of(name, epoch)[1] for name in schemes for epoch in range(args.epochs)))
+    flops = {stage: models_mae.flops_per_image(*stage, args.decoder_keep, **model.settings) for stage in stages}
+    model.prepare(*{res // p for res, _ in stages})
+    step_module = PretrainStep(model, classes, probe, args.decoder_keep).to(device)
     wrapped = step_module
-    if world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None)
+    if world > 1:  # a static graph cannot be told of no_sync, so of accumulation
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True, static_graph=accum == 1)
     train_step = torch.compile(wrapped, dynamic=False) if args.compile else wrapped
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    peak = args.peak_tflops or next((v for k, v in PEAK_TFLOPS.items() if k in hardware), None)
 
-    # --- optimizer: decay for matrices only; the probe has its own constant rate
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    if probe != "off":
-        groups.append({"params": list(step_module.head.parameters()), "weight_decay": 0.0})
+    # --- optimizer
     peak_lr = args.blr * args.total_batch / 256
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=PRETRAIN["betas"], fused=True)
+    optimizer = adamw(step_module, args.weight_decay, fused=True)
+    ours = (train_step, optimizer, torch.amp.GradScaler(device.type, enabled=False), autocast)
+    if args.compile:
+        warm_up(train_step, stages, args.batch_size, p, world, autocast, device)
+
+    # --- bench and plan
+    if args.bench or args.plan:
+        plain, report = None, dict(hardware=hardware, torch=torch.__version__, loader_threads=loader.num_workers,
+                                   peak_tflops=peak, args=vars(args), stages=[])
+        if args.bench:  # as MAE is run elsewhere: eager, fp16 and its scaler, float pictures, the whole decoder
+            twin, cuda = copy.deepcopy(step_module), device.type == "cuda"
+            twin.decoder_keep = 1.0
+            plain = (twin, adamw(twin, args.weight_decay), torch.amp.GradScaler(device.type, enabled=cuda),
+                     torch.autocast("cuda", torch.float16) if cuda else nullcontext())
+        print(f"{hardware}, {loader.num_workers} loader threads, torch {torch.__version__}: {args.model}, {accum} x "
+              f"{args.batch_size} a step, decoder-keep {args.decoder_keep}, {'compiled' if args.compile else 'eager'}")
+        for stage in stages:
+            found = measure_stage(*stage, args.steps, loader, accum, p, ours, plain)
+            report["stages"].append(dict(res=stage[0], mask_ratio=stage[1], **found))
+            for way, row in found.items():
+                keep = 1.0 if way == "plain" else args.decoder_keep
+                cost = models_mae.flops_per_image(*stage, keep, **model.settings)
+                row["tflops"] = row["img_s"] * cost / 1e12
+                row["mfu"] = row["tflops"] / peak if peak else None
+                print(f"{stage[0]:4} px, {stage[1]:.2f}  {way:6} {row['img_s']:9.1f} images/s, "
+                      f"{row['data_wait']:6.1%} waiting, {row['tflops']:8.4g} TFLOP/s"
+                      + (f", MFU {row['mfu']:.1%}" if peak else "")
+                      + (f", {row['peak_gib']:.1f} GiB" if row["peak_gib"] else "")
+                      + (f", {row['img_s'] / found['plain']['img_s']:.2f} x plain" if way == "model" else ""))
+        if args.plan:
+            clock = time.time()
+            if val:
+                probe_accuracy(step_module, val, autocast, device)
+            probing = (time.time() - clock) / args.gpus * len(range(0, args.epochs, probe_every))
+            clock = time.time()
+            save({"modules": step_module.state_dict(), "optimizer": optimizer.state_dict()}, folder / "plan.pt")
+            (folder / "plan.pt").unlink()
+            saving = (time.time() - clock) * (args.epochs // args.save_every)
+            seconds = {(row["res"], row["mask_ratio"]): row["loader"]["seconds"] for row in report["stages"]}
+            print(f"{args.epochs} epochs of {loader.num_samples:,} pictures on {args.gpus} such GPU(s), of it "
+                  f"{(probing + saving) / 3600:.3f} h probe passes and checkpoints; start-up aside")
+            for name in PRETRAIN_SCHEMES:
+                training = steps_per_epoch * sum(seconds[stage_of(name, epoch)[1]] for epoch in range(args.epochs))
+                hours = report.setdefault("hours", {})[name] = (training + probing + saving) / 3600
+                print(f"{name:6} {hours:9.3f} h, {'within' if hours <= args.hours else 'over'} {args.hours:g} h, which "
+                      f"would do for {int(args.epochs * args.hours / hours)} epochs")
+        written = folder / ("bench.json" if args.bench else "plan.json")
+        written.write_text(json.dumps(report, indent=1))
+        print(f"done: {written}")
+        return
 
     # --- resume
     last = folder / "last.pt"
     source = {"auto": last if last.is_file() else None, "none": None}.get(args.resume, Path(args.resume))
     settings = {k: getattr(args, k) for k in ("model", "input_size", "scheme", "mask_ratio", "epochs", "warmup_epochs",
-                                              "blr", "weight_decay", "total_batch", "seed")}
+                                              "blr", "weight_decay", "total_batch", "seed", "decoder_keep")}
     settings.update(stages=list(args.stages), probe=probe, num_samples=loader.num_samples, **model.settings)
     step, position, first_loss = 0, None, None
     if source:
@@ -266,12 +441,12 @@ def main(args):
             state = torch.load(source, map_location=device, weights_only=True)
             theirs = state["settings"]
         except Exception as e:  # a damaged pickle can raise anything
-            raise SystemExit(f"--resume {source}: not a checkpoint of pretrain.py that can be read ({e}). --resume none "
-                             "starts anew.")
+            raise SystemExit(f"--resume {source}: not a checkpoint of pretrain.py that can be read ({e}). "
+                             "--resume none starts anew.")
         differ = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in settings.items() if theirs.get(k) != v]
         if differ:
-            raise SystemExit(f"{source} is of a run with other settings ({'; '.join(differ)}). Give the same, or another "
-                             "--output-dir, or --resume none to start over in this one.")
+            raise SystemExit(f"{source} is of a run with other settings ({'; '.join(differ)}). Give the same, or "
+                             "another --output-dir, or --resume none to start over in this one.")
         step_module.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         step, position, first_loss = state["step"], state["loader"], state["first_loss"]
@@ -287,51 +462,40 @@ def main(args):
 
     def checkpoint(name, step):
         if rank == 0:
-            save({"modules": step_module.state_dict(), "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
-                  "step": step, "epoch": step // steps_per_epoch, "first_loss": first_loss, "settings": settings,
-                  "model": model.settings, "classes": loader.classes}, folder / name)
-    say(f"{args.model}, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters; {loader.num_samples:,} pictures, "
-        f"{classes} classes; {world} x {args.batch_size} x {accum} = {args.total_batch} a step, {steps_per_epoch} steps an "
-        f"epoch; {device.type}, {loader.num_workers} loader threads" + (f"; from {source}, step {step}" if source else ""))
+            save({"modules": step_module.state_dict(), "optimizer": optimizer.state_dict(),
+                  "loader": loader.state_dict(), "step": step, "epoch": step // steps_per_epoch,
+                  "first_loss": first_loss, "settings": settings, "model": model.settings,
+                  "classes": loader.classes}, folder / name)
+    size = sum(w.numel() for w in model.parameters() if w.requires_grad) / 1e6
+    say(f"{args.model}, {size:.1f} M parameters; {loader.num_samples:,} pictures, {classes} classes; "
+        f"{world} x {args.batch_size} x {accum} = {args.total_batch} a step, {steps_per_epoch} steps an epoch; "
+        f"{hardware}, {loader.num_workers} loader threads" + (f"; from {source}, step {step}" if source else ""))
 
     # --- train
-    mask_rng, stage_of = torch.Generator(device), None
-    probe_every = max(1, args.epochs // 100)  # a hundred points of the curve: the held-out pass costs a little
+    mask_rng, last_stage = torch.Generator(device), None
     total, seen, waited, clock, mean_loss, top1 = torch.zeros((), device=device), 0, 0.0, time.time(), None, None
     log_every = min(50, steps_per_epoch)
     for epoch in range(step // steps_per_epoch, args.epochs):
-        stage, (res, mask_ratio) = stage_at(PRETRAIN_SCHEMES[args.scheme], epoch, args.epochs, args.stages,
-                                            args.input_size, model.patch_size)
-        mask_ratio = args.mask_ratio if args.mask_ratio is not None else mask_ratio
-        if stage != stage_of:
+        stage, (res, mask_ratio) = stage_of(args.scheme, epoch)
+        if stage != last_stage:
             say(f"epoch {epoch}: stage {stage + 1}, {res} px, mask ratio {mask_ratio}")
-        stage_of = stage
+        last_stage = stage
         if position and step % steps_per_epoch:
             loader.load_state_dict(position)
         else:
             loader.set_epoch(epoch)
         position = None
         loader.set_stage(res=res)
-        L = (res // model.patch_size) ** 2
         batches = iter(loader)
+        shape = (accum, args.batch_size, world, (res // p) ** 2)
         for step in range(step, (epoch + 1) * steps_per_epoch):
             lr = lr_at(step, steps, warmup, peak_lr)
             for group in optimizer.param_groups[:2]:
                 group["lr"] = lr
-            # One draw for the whole step, a function of (seed, step): the same masks for any number of ranks
-            noise = torch.rand(accum, args.batch_size, world, L, device=device,
-                               generator=mask_rng.manual_seed(args.seed * 1_000_003 + step))[:, :, rank]
-            for micro in range(accum):
-                t = time.time()
-                images, labels = next(batches)
-                waited += time.time() - t
-                with nullcontext() if world == 1 or micro == accum - 1 else wrapped.no_sync():
-                    with autocast:
-                        loss, probe_loss = train_step(images, labels, mask_ratio, noise[micro])
-                    ((loss + probe_loss) / accum).backward()
-                total += loss.detach() / accum
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            noise = mask_noise(mask_rng, args.seed, step, shape, rank)
+            loss, seconds_waited = take_step(*ours, batches, noise, mask_ratio)
+            total += loss
+            waited += seconds_waited
             seen += args.total_batch
 
             # --- log, save, stop
@@ -343,11 +507,14 @@ def main(args):
                     dist.all_reduce(total)
                 mean_loss, elapsed = total.item() / count / world, time.time() - clock
                 if not math.isfinite(mean_loss):
-                    raise SystemExit(f"the loss is {mean_loss} at step {done} (epoch {epoch}, lr {lr:.2e}). {last} is the "
-                                     "last good checkpoint; try a lower --blr or a longer --warmup-epochs")
+                    raise SystemExit(f"the loss is {mean_loss} at step {done} (epoch {epoch}, lr {lr:.2e}). {last} is "
+                                     "the last good checkpoint; try a lower --blr or a longer --warmup-epochs")
                 first_loss = mean_loss if first_loss is None else first_loss
                 values = dict(epoch=epoch, stage=stage + 1, loss=mean_loss, lr=lr, res=res, mask_ratio=mask_ratio,
-                              img_s=seen / elapsed, data_wait=waited / elapsed)
+                              img_s=seen / elapsed, data_wait=waited / elapsed,
+                              tflops=seen / elapsed * flops[res, mask_ratio] / 1e12 / world)  # of one GPU
+                if peak:
+                    values["mfu"] = values["tflops"] / peak
                 if device.type == "cuda":
                     values["mem"] = torch.cuda.max_memory_allocated() / 2 ** 30  # GiB
                 if epoch_ends and val and ((epoch + 1) % probe_every == 0 or epoch + 1 == args.epochs):
@@ -356,7 +523,8 @@ def main(args):
                     log.write(done, **values)
                     bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{seen / elapsed:.0f}")
                 if epoch_ends:
-                    say(f"epoch {epoch} loss {mean_loss:.4f} {seen / elapsed:.0f} images/s, {waited / elapsed:.1%} waiting"
+                    say(f"epoch {epoch} loss {mean_loss:.4f} {seen / elapsed:.0f} images/s, "
+                        f"{waited / elapsed:.1%} waiting" + (f", MFU {values['mfu']:.1%}" if peak else "")
                         + (f", probe {top1:.1f} %" if "probe_top1" in values else ""))
                 total.zero_()
                 seen, waited, clock = 0, 0.0, time.time()
@@ -365,7 +533,8 @@ def main(args):
             if stopping and not epoch_ends:
                 batches.close()
                 checkpoint("last.pt", done)
-                raise SystemExit(f"stopped by a signal at step {done}; {last} is written: the same command goes on there")
+                raise SystemExit(f"stopped by a signal at step {done}; {last} is written: the same command goes on "
+                                 "there")
         step += 1
         batches.close()
         loader.set_epoch(epoch + 1)  # what the checkpoint below resumes with

@@ -5,6 +5,7 @@ Everything is compared with something independent: Pillow, stock ffcv, torch in 
 """
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import essl_loader
 import finetune
@@ -806,6 +809,66 @@ def test_models_state_dict_is_the_official_one():
     assert [round(c, 1) for c in counts] == [111.9, 329.5, 657.1]
 
 
+def test_models_decoder_keep_is_the_full_decoder_on_a_share():
+    """At 1.0 the model without it; at 0.5 what the decoder makes of those tokens alone, and the full loss on average."""
+    torch.manual_seed(0)
+    model = models_mae.MaskedAutoencoderViT(32, 8, 24, 2, 3, 16, 2, 2).double()
+    imgs, noise = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.rand(3, 16)
+    for ours, expected in zip(model(imgs, 0.7, noise, decoder_keep=1.0), model(imgs, 0.7, noise)):
+        assert torch.equal(ours, expected)
+    loss, pred, mask = model(imgs, 0.7, noise, decoder_keep=0.5)
+    latent, removed, restore = model.forward_encoder(model.patches(imgs), 0.7, noise)
+    assert mask.sum(1).tolist() == [6] * 3 and (mask <= removed).all() and not pred[mask == 0].any()
+    for b, order in enumerate(noise.argsort(1).tolist()):
+        x = model.decoder_embed(latent[b])
+        rows = {**dict(zip(order[:4], x[1:])), **{i: model.mask_token[0, 0] for i in order[4:10]}}  # 4 kept, 6 of 12
+        tokens = torch.stack([x[0]] + [rows[i] for i in sorted(rows)])
+        x = (tokens + model.decoder_pos_embed[0, [0] + [1 + i for i in sorted(rows)]])[None]
+        for block in model.decoder_blocks:
+            x = block(x)
+        expected = dict(zip(sorted(rows), model.decoder_pred(model.decoder_norm(x))[0, 1:]))
+        for i in order[4:10]:
+            torch.testing.assert_close(pred[b, i], expected[i])
+    model.decoder_blocks = model.decoder_blocks[:0]  # no attention between mask tokens: the expectation is exact
+    full, draws = model(imgs, 0.7, noise)[0], []
+    for _ in range(400):  # the same patches seen, another half of the removed
+        other = torch.where(removed.bool(), 1 + torch.rand(3, 16), noise)
+        draws.append(model(imgs, 0.7, other, decoder_keep=0.5)[0].item())
+    assert np.std(draws) > 0 and abs(np.mean(draws) - full.item()) < 4 * np.std(draws) / 20
+
+
+def test_models_prepared_tables_change_nothing():
+    """Tables resampled ahead give the same bits, stay out of the state dict and follow newly loaded weights."""
+    torch.manual_seed(0)
+    model, imgs, noise = models_mae.mae_vit_nano_patch8(img_size=64), torch.randn(2, 3, 48, 48), torch.rand(2, 36)
+    keys, expected = list(model.state_dict()), model(imgs, noise=noise)[1]
+    model.prepare(6, 8)
+    assert torch.equal(model(imgs, noise=noise)[1], expected) and list(model.state_dict()) == keys
+    other = {k: v * 2 if "pos_embed" in k else v for k, v in model.state_dict().items()}
+    model.load_state_dict(other)
+    assert torch.equal(model.table("pos_embed", 6), models_mae.resample_table(other["pos_embed"], 6))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_models_flops_equal_torchs_counter(size):
+    """To the last operation, at all stages of all schemes; the masked probe adds less than 2 %."""
+    with torch.device("meta"):
+        model = getattr(models_mae, f"mae_vit_{size}_patch16")()
+        step = pretrain.PretrainStep(model, 1000, "masked")
+
+    def count(run):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            run().backward()
+        return counter.get_total_flops()
+    for res, mask_ratio in sorted({stage for scheme in schedules.PRETRAIN_SCHEMES.values() for stage in scheme}):
+        imgs, noise = torch.zeros(2, 3, res, res, device="meta"), torch.zeros(2, (res // 16) ** 2, device="meta")
+        for keep in (1.0, 0.5) if res == 160 else (1.0,):
+            ours = 2 * models_mae.flops_per_image(res, mask_ratio, keep, **model.settings)
+            assert ours == count(lambda: model(imgs, mask_ratio, noise, keep)[0])
+    probed = count(lambda: sum(step(imgs, torch.zeros(2, device="meta").long(), mask_ratio, noise)))
+    assert ours < probed < 1.02 * ours
+
+
 # --- pretrain
 TINY = ("--model", "mae_vit_nano_patch8", "--input-size", "32", "--total-batch", "16", "--batch-size", "8", "--epochs", "4",
         "--warmup-epochs", "1", "--blr", "4e-3", "--num-workers", "2", "--viz-every", "2")
@@ -888,6 +951,84 @@ def test_pretrain_two_ranks_match_one(folder, unbroken, tmp_path):
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
 
 
+def train_20(how="float32"):
+    """Losses of 20 steps of the real step on 2 x 8 random pictures, in one of the ways to compute them."""
+    torch.manual_seed(0)
+    step, rng = pretrain.PretrainStep(models_mae.mae_vit_nano_patch8(img_size=32), 4, "masked"), torch.Generator()
+    run = torch.compile(step, dynamic=False, backend="aot_eager") if how == "compiled" else step
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=how == "bf16")
+    if how != "float32":
+        state, random = {k: v.clone() for k, v in step.state_dict().items()}, torch.get_rng_state()
+        pretrain.warm_up(run, [(32, 0.75), (24, 0.5)], 8, 8, 1, autocast, torch.device("cpu"))
+        assert all(torch.equal(v, state[k]) for k, v in step.state_dict().items())  # warming up left no trace
+        assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in step.parameters())
+    ours = run, pretrain.adamw(step, 0.05, fused=True), torch.amp.GradScaler("cpu", enabled=False), autocast
+    data = [(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 4) for _ in range(2)]
+    return [pretrain.take_step(*ours, itertools.cycle(data), pretrain.mask_noise(rng, 0, i, (2, 8, 1, 16), 0), 0.75)[0].item()
+            for i in range(20)]
+
+
+def test_pretrain_compiled_and_bf16_agree_with_eager_float32():
+    """20 steps from one seed: compiled to float32's rounding, bf16 within its own (2 ** -8); warming up is traceless."""
+    expected = train_20()
+    assert expected[-1] < 0.9 * expected[0]
+    assert train_20("compiled") == pytest.approx(expected, rel=1e-4) and train_20("bf16") == pytest.approx(expected, rel=1e-2)
+
+
+def test_pretrain_same_update_however_it_is_cut(folder, tmp_path):
+    """64 pictures at once, 4 x 16, two ranks of 32 or of 2 x 16: the gradient within 1e-6, and so the update.
+
+    Adam's first moment after one step is 0.1 gradient; its update is a sign where the gradient is only rounding, as for
+    the keys' biases, so weights are compared where the gradient is more.
+    """
+    def one_step(name, batch, ranks=()):
+        words = ["--data", folder / "train.beton", "--val-data", folder / "val.beton", "--output-dir", tmp_path / name, *TINY,
+                 "--probe", "off", "--epochs", 1, "--warmup-epochs", 0, "--total-batch", 64, "--batch-size", batch]
+        done = subprocess.run([sys.executable, *ranks, HERE / "pretrain.py", *map(str, words)], capture_output=True,
+                              text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        state = torch.load(tmp_path / name / "last.pt", weights_only=True)
+        names = [k for k in state["modules"] if not k.endswith("pos_embed")]
+        matrices = [k for k in names if state["modules"][k].ndim > 1]
+        order = matrices + [k for k in names if k not in matrices]
+        moments = state["optimizer"]["state"]
+        return {k: (moments[i]["exp_avg"] * 10, state["modules"][k]) for i, k in enumerate(order)}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(21000 + os.getpid() % 20000)]
+    expected = one_step("whole", 64)
+    assert len(expected) > 90 and all(g.shape == w.shape for g, w in expected.values())
+    for name, batch, ranks in (("cut", 16, ()), ("ranks", 32, torchrun), ("both", 16, torchrun)):
+        for key, (gradient, weight) in one_step(name, batch, ranks).items():
+            assert (gradient - expected[key][0]).abs().max() < 1e-6, (name, key)
+            clear = expected[key][0].abs() > 1e-4
+            assert (weight - expected[key][1])[clear].abs().max() < 1e-6 if clear.any() else True, (name, key)
+
+
+def test_pretrain_bench_and_plan_write_what_they_measured(folder, tmp_path):
+    """Rows for every stage and way, figures that follow from one another, and a run in the same folder goes untouched."""
+    assert tiny_run(folder, tmp_path, "--epochs", 1, "--decoder-keep", 0.5, "--peak-tflops", 0.01).returncode == 0
+    line, before = log_of(tmp_path)[-1], (tmp_path / "last.pt").read_bytes()
+    cost = models_mae.flops_per_image(32, 0.75, 0.5, **models_mae.mae_vit_nano_patch8(img_size=32).settings)
+    assert line["tflops"] == pytest.approx(line["img_s"] * cost / 1e12) and line["mfu"] == line["tflops"] / 0.01
+    done = tiny_run(folder, tmp_path, "--bench", "--steps", 1, "--peak-tflops", 0.01)
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    assert done.returncode == 0 and [(r["res"], r["mask_ratio"]) for r in bench["stages"]] == [(32, 0.75), (24, 0.75)]
+    for row in bench["stages"]:
+        cost = models_mae.flops_per_image(row["res"], row["mask_ratio"], **models_mae.mae_vit_nano_patch8(img_size=32).settings)
+        for way in ("loader", "model", "plain"):
+            assert row[way]["img_s"] == pytest.approx(16 / row[way]["seconds"]) and 0 <= row[way]["data_wait"] < 1
+            assert row[way]["mfu"] == pytest.approx(row[way]["img_s"] * cost / 1e12 / 0.01)
+    done = tiny_run(folder, tmp_path, "--plan", "--steps", 1, "--hours", 1e-9, "--gpus", 2)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    seconds = {(r["res"], r["mask_ratio"]): r["loader"]["seconds"] for r in plan["stages"]}
+    s5, s2 = (4 * sum(share * 4 * seconds[s] for s, share in zip(scheme, (0.25, 0.25, 0.5))) for scheme in (
+        ((32, .75), (24, .75), (32, .75)), ((24, .75), (24, .75), (32, .75))))
+    assert (plan["hours"]["s5"] - plan["hours"]["s2"]) * 3600 == pytest.approx(s5 - s2) and plan["hours"]["s5"] * 3600 > s5
+    assert "over 1e-09 h" in done.stdout and "2 such GPU(s)" in done.stdout
+    assert (tmp_path / "last.pt").read_bytes() == before and log_of(tmp_path)[-1] == line
+    with pytest.raises(SystemExit):
+        pretrain.get_args(["--decoder-keep", "0"])
+
+
 @pytest.mark.parametrize("probe", ["full", "off"])
 def test_pretrain_from_a_folder_with_other_probes(folder, tmp_path, probe):
     """--data may name the picture folder itself; the paper's full probe and no probe train too."""
@@ -918,6 +1059,51 @@ def test_pretrain_refuses_bad_input(folder, unbroken, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "last.pt").write_bytes(b"not a checkpoint")
     refused(tiny_run(folder, tmp_path / "d"), "last.pt", "--resume none")
+
+
+# --- bench_loader
+BENCH = ("--images", 48, "--batch-size", 16, "--passes", 1, "--res", 48)
+
+
+@pytest.fixture(scope="session")
+def bench(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("bench")
+    done = script("bench_loader.py", "--data_dir", folder / "train", "--json", root / "b.json", "--plot",
+                  root / "b.png", *BENCH)
+    assert done.returncode == 0, done.stderr
+    return root, json.loads((root / "b.json").read_text()), done.stdout
+
+
+def test_bench_sections(bench):
+    """Each section is measured, printed and drawn; speeds are positive, within their spread, FFCV to itself is 1."""
+    root, data, out = bench
+    assert list(data["tables"]) == ["alternatives", "decomposition", "compression", "augmentation", "epoch", "pixels"]
+    for section, rows in data["tables"].items():
+        for row in rows:
+            assert row["name"] in out
+            if "passes" in row:
+                assert len(row["passes"]) == 1 and 0 < row["min"] <= row["images_s"] <= row["max"], (section, row)
+    assert out.count(data["command"]) == 6 and out.count(data["cpu"]) == 6
+    alternatives = {row["name"]: row for row in data["tables"]["alternatives"]}
+    assert {"image folder", "FFCV", "FFCV + ffcv_decoder", "ESSL bilinear", "ESSL"} <= set(alternatives)
+    assert {row["images"] for row in alternatives.values()} == {48} and alternatives["FFCV"]["x FFCV"] == 1
+    assert len(data["tables"]["decomposition"]) == 10
+    size = {row["name"]: row["bytes_per_image"] for row in data["tables"]["compression"]}
+    assert size["(500, 100)"] > size["(500, 95)"] > size["(500, 90)"]
+    assert all(0 < row["mean_difference"] < 0.05 and row["images"] == 48 for row in data["tables"]["pixels"])
+    assert (root / "b.png").stat().st_size > 0 and (root / "b_difference.png").stat().st_size > 0
+
+
+def test_bench_says_what_is_missing(folder, tmp_path):
+    """Without a folder and without ffcv, a line names each thing left out and why, and the rest is measured."""
+    (tmp_path / "ffcv.py").write_text("raise ImportError('no ffcv here')")
+    done = script("bench_loader.py", "--data", folder / "train.beton", "--json", tmp_path / "b.json", "--plot",
+                  tmp_path / "b.png", *BENCH, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert [row["name"] for row in data["tables"]["alternatives"]] == ["ESSL bilinear", "ESSL"]
+    for what in ("image folder", "FFCV, 48", "FFCV + ffcv_decoder", "decomposition: FFCV", "compression", "pixels"):
+        assert any(line.startswith(what) and "left out: " in line for line in data["left_out"]), what
 
 
 # --- finetune and linprobe
