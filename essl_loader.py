@@ -4,8 +4,9 @@
     for images, labels in ESSLLoader("data/train_500_95.beton", batch_size=256):   # uint8 (B, 3, 224, 224), int64 (B,)
         ...
 
-Needs numpy, numba, torch and libturbojpeg (`pip install turbojpeg`, or Debian's libturbojpeg0). The kernels compile once,
-about half a minute, into numba's cache beside this file. Reads top to bottom: format, C library, kernels, reader, loader.
+Needs numpy, numba, torch and libturbojpeg (`pip install turbojpeg`, or Debian's libturbojpeg0). The kernels compile
+once, about half a minute, into numba's cache beside this file. Reads top to bottom: format, C library, kernels (draws,
+JPEG, resize, sample), reader, loaders, the operation for FFCV.
 """
 import ctypes
 import json
@@ -166,7 +167,7 @@ FLIP_DRAW = 40  # random_box uses draws 0 to 39
 
 @njit(nogil=True, cache=True)
 def random_box(width, height, scale, ratio, seed, epoch, index):
-    """RandomResizedCrop's box (x, y, w, h): ten tries at area ~ U(scale), log aspect ~ U(log ratio), else the centre."""
+    """RandomResizedCrop's (x, y, w, h): ten tries at area ~ U(scale), log aspect ~ U(log ratio), else the centre."""
     for attempt in range(10):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * uniform(seed, epoch, index, 4 * attempt))
         low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -195,8 +196,8 @@ OK, SHORT_READ, BROKEN, OTHER_SIZE, UNKNOWN = range(5)
 REASONS = {SHORT_READ: "the file ends inside it", BROKEN: "its JPEG data are damaged",
            OTHER_SIZE: "its JPEG header and the file's table give different sizes",
            UNKNOWN: "its kind of JPEG cannot be decoded to RGB"}
-# What parse_jpeg finds. MCU = the 8x8 to 16x16 pixels whose blocks of all components JPEG stores together; QUANT, DC and
-# AC: the table of each of three components; TABLES: a bit for each table that the file defines.
+# What parse_jpeg finds. MCU = the 8x8 to 16x16 pixels whose blocks of all components JPEG stores together; QUANT, DC
+# and AC: the table of each of three components; TABLES: a bit for each table that the file defines.
 HEIGHT, WIDTH, COMPONENTS, H_SAMP, V_SAMP, INTERVAL, SCAN, TABLES = range(8)
 QUANT, DC, AC = 8, 11, 14
 PREFIX = 10  # bits that one look-up decodes: larger tables take longer to build for each image than they save
@@ -204,16 +205,16 @@ PREFIXES = 1 << PREFIX
 TABLE = 2 * PREFIXES + 320  # a Huffman table: values, codes, 20 limits, 20 offsets, symbols
 LANES = 160  # blocks side by side; an odd number of cache lines, or their coefficients would share a few cache sets
 CHUNK = 64  # MCUs for one inverse DCT: 128 blocks and, above them, lanes for the blocks that nobody will see
-ZIGZAG = np.array([0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6,
-                   7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31,
-                   39, 46, 53, 60, 61, 54, 47, 55, 62, 63])
+ZIGZAG = np.array([0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13,
+                   6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45,
+                   38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63])
 
 
 @njit(nogil=True, cache=True)
 def build_table(src, at, dc, table):
     """Huffman table (ITU-T T.81, annex C) from its 16 counts and symbols at src[at]; False if it is not one.
 
-    table[prefix] = value << 16 | zeros before it << 8 | bits of code and value; 0 where they are longer than the prefix.
+    table[prefix] = value << 16 | zeros before it << 8 | bits of code and value; 0 where they are more than PREFIX.
     table[PREFIXES + prefix] = symbol << 8 | bits of the code alone; 0 where even that is longer.
     """
     table[:2 * PREFIXES] = 0
@@ -249,7 +250,7 @@ def build_table(src, at, dc, table):
 
 @njit(nogil=True, cache=True)
 def parse_jpeg(src, size, info, tables, orders):
-    """Reads a baseline JPEG's header and tables; BROKEN, or UNKNOWN where only libjpeg-turbo can tell (progressive, ...).
+    """Reads a baseline JPEG's header and tables; BROKEN, or UNKNOWN where it takes libjpeg-turbo (progressive, ...).
 
     orders[table] = pairs (where the k-th coefficient goes, in bytes; its quantisation step).
     """
@@ -269,7 +270,8 @@ def parse_jpeg(src, size, info, tables, orders):
                     return BROKEN
                 for k in range(64):
                     orders[t, 2 * k] = 2 * LANES * ZIGZAG[k]
-                    orders[t, 2 * k + 1] = src[p + 1 + k] if wide == 0 else (src[p + 1 + 2 * k] << 8) + src[p + 2 + 2 * k]
+                    q = p + 1 + k + wide * k
+                    orders[t, 2 * k + 1] = src[q] if wide == 0 else (src[q] << 8) + src[q + 1]
                 info[TABLES] |= 16 << t
                 p += 65 + 64 * wide
         elif marker == 0xC4:  # Huffman tables
@@ -365,7 +367,8 @@ def long_code(word, table):
     top, limits = np.int64(word >> np.uint64(48)), table + 8 * PREFIXES
     for length in range(PREFIX + 1, 17):
         if top < load_int32(limits + 4 * length):
-            return length, load_int32(limits + 160 + 4 * (load_int32(limits + 80 + 4 * length) + (top >> (16 - length))))
+            index = load_int32(limits + 80 + 4 * length) + (top >> (16 - length))
+            return length, load_int32(limits + 160 + 4 * index)
     return 0, 0
 
 
@@ -484,7 +487,8 @@ def inverse_dct(coefs, first, n, work, dst, offset, stride):
                 F(coefs[i + U(32) * L + b]), F(coefs[i + U(40) * L + b]), F(coefs[i + U(48) * L + b]),
                 F(coefs[i + U(56) * L + b]))
             coefs[i + b] = coefs[i + U(8) * L + b] = coefs[i + U(16) * L + b] = coefs[i + U(24) * L + b] = 0
-            coefs[i + U(32) * L + b] = coefs[i + U(40) * L + b] = coefs[i + U(48) * L + b] = coefs[i + U(56) * L + b] = 0
+            coefs[i + U(32) * L + b] = coefs[i + U(40) * L + b] = coefs[i + U(48) * L + b] = 0
+            coefs[i + U(56) * L + b] = 0
     for r in range(U(8)):
         i, o = r * L, U(offset) + r * U(stride)
         for b in range(blocks):
@@ -640,7 +644,7 @@ def count_taps(size, out, bicubic, step):
 def vertical_pass(src, offset, stride, last, width, out, first, taps, weights, flip, acc, dst, dst_stride):
     """Filters columns: row i of dst = sum over t of weights[i, t] * row first[i] + t of src, rounded and clipped.
 
-    Rows are contiguous, so every inner loop vectorises; taps go in by four, then in pairs. `last` is the last source row.
+    Rows are contiguous, so every inner loop vectorises; taps go in by four, then in pairs. last: the last source row.
     """
     for i in range(out):
         o = (out - 1 - i if flip else i) * dst_stride
@@ -672,7 +676,7 @@ def vertical_pass(src, offset, stride, last, width, out, first, taps, weights, f
 
 @njit(nogil=True, cache=True)
 def transpose(src, src_stride, rows, cols, dst, dst_stride):
-    """dst[x, y] = src[y, x] for bytes, 8x8 at a time in eight uint64 (src and dst are uint64 views, strides in words)."""
+    """dst[x, y] = src[y, x] for bytes, 8x8 at a time in eight uint64; src, dst: uint64 views, strides in words."""
     m4, m2, m1 = np.uint64(0x00000000FFFFFFFF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00FF00FF00FF00FF)
     s4, s2, s1 = np.uint64(32), np.uint64(16), np.uint64(8)
     for i in range((rows + 7) // 8):
@@ -681,13 +685,16 @@ def transpose(src, src_stride, rows, cols, dst, dst_stride):
             a0, a1, a2, a3 = src[s], src[s + src_stride], src[s + 2 * src_stride], src[s + 3 * src_stride]
             s += 4 * src_stride
             a4, a5, a6, a7 = src[s], src[s + src_stride], src[s + 2 * src_stride], src[s + 3 * src_stride]
-            t0, t1, t2, t3 = ((a0 >> s4) ^ a4) & m4, ((a1 >> s4) ^ a5) & m4, ((a2 >> s4) ^ a6) & m4, ((a3 >> s4) ^ a7) & m4
+            t0, t1 = ((a0 >> s4) ^ a4) & m4, ((a1 >> s4) ^ a5) & m4
+            t2, t3 = ((a2 >> s4) ^ a6) & m4, ((a3 >> s4) ^ a7) & m4
             a4, a5, a6, a7 = a4 ^ t0, a5 ^ t1, a6 ^ t2, a7 ^ t3
             a0, a1, a2, a3 = a0 ^ (t0 << s4), a1 ^ (t1 << s4), a2 ^ (t2 << s4), a3 ^ (t3 << s4)
-            t0, t1, t2, t3 = ((a0 >> s2) ^ a2) & m2, ((a1 >> s2) ^ a3) & m2, ((a4 >> s2) ^ a6) & m2, ((a5 >> s2) ^ a7) & m2
+            t0, t1 = ((a0 >> s2) ^ a2) & m2, ((a1 >> s2) ^ a3) & m2
+            t2, t3 = ((a4 >> s2) ^ a6) & m2, ((a5 >> s2) ^ a7) & m2
             a2, a3, a6, a7 = a2 ^ t0, a3 ^ t1, a6 ^ t2, a7 ^ t3
             a0, a1, a4, a5 = a0 ^ (t0 << s2), a1 ^ (t1 << s2), a4 ^ (t2 << s2), a5 ^ (t3 << s2)
-            t0, t1, t2, t3 = ((a0 >> s1) ^ a1) & m1, ((a2 >> s1) ^ a3) & m1, ((a4 >> s1) ^ a5) & m1, ((a6 >> s1) ^ a7) & m1
+            t0, t1 = ((a0 >> s1) ^ a1) & m1, ((a2 >> s1) ^ a3) & m1
+            t2, t3 = ((a4 >> s1) ^ a5) & m1, ((a6 >> s1) ^ a7) & m1
             d = 8 * j * dst_stride + i
             dst[d], dst[d + dst_stride] = a0 ^ (t0 << s1), a1 ^ t0
             dst[d + 2 * dst_stride], dst[d + 3 * dst_stride] = a2 ^ (t1 << s1), a3 ^ t1
@@ -698,7 +705,7 @@ def transpose(src, src_stride, rows, cols, dst, dst_stride):
 
 @njit(nogil=True, cache=True)
 def resize_plane(planes, plane, x, y, w, h, res, bicubic, flip, dst, scratch):
-    """Resizes the box (full-size pixels) of one plane to res x res in dst, whose row stride is scratch.a's: 8-aligned."""
+    """Resizes the box (full-size pixels) of one plane to res x res in dst, whose row stride is res rounded up to 8."""
     offset, stride, step_x, step_y = plane[0], plane[1], plane[4], plane[5]
     left, top = x - plane[2], y - plane[3]
     right, bottom = left + w, top + h
@@ -744,8 +751,8 @@ def write_rgb(p, n, stride, res, ycc, out):
 
 
 # --- kernels: one sample, and the loop that every thread runs
-Scratch = namedtuple("Scratch", "tj info starts raw clean tables orders coefs work planes plane split first weights acc "
-                                "a b resized")
+Scratch = namedtuple("Scratch", "tj info starts raw clean tables orders coefs work planes plane split first weights "
+                                "acc a b resized")
 Job = namedtuple("Job", "fd modes widths heights ptrs sizes ids draws control done addresses status "
                         "train res batch_size bicubic seed epoch scale ratio hflip crop_ratio")
 NEXT, LIMIT = 0, 1  # control: the next ticket (position in the epoch) to hand out, and the first that must wait
@@ -892,13 +899,15 @@ class BetonReader:
     def _read_tables(self):
         self.size = os.fstat(self.file.fileno()).st_size
         header = self._table(HEADER, 1, 0, "the header")[0]
-        version, fields, n, self.page_size = (int(header[k]) for k in ("version", "num_fields", "num_samples", "page_size"))
+        version, fields, n, self.page_size = (int(header[k]) for k in
+                                              ("version", "num_fields", "num_samples", "page_size"))
         end = int(header["alloc_table_ptr"])
         if version != 2:
             raise self._wrong(f"its version is {version}")
-        if not 1 <= fields <= 64 or n == 0 or self.page_size == 0 or n > self.size or end > self.size or (self.size - end) % ALLOC.itemsize:
-            raise self._wrong(f"its header names {fields} fields, {n:,} samples and an allocation table at byte {end:,} "
-                              f"of {self.size:,}")
+        if (not 1 <= fields <= 64 or not 0 < n <= self.size or self.page_size == 0 or end > self.size
+                or (self.size - end) % ALLOC.itemsize):
+            raise self._wrong(f"its header names {fields} fields, {n:,} samples, pages of {self.page_size:,} and an "
+                              f"allocation table at byte {end:,} of {self.size:,}")
         descriptors = self._table(FIELD, fields, HEADER.itemsize, "the list of fields")
         kinds = [int(k) for k in descriptors["type_id"]]
         if kinds.count(2) != 1 or any(k not in FIELD_TYPES for k in kinds):
@@ -920,7 +929,7 @@ class BetonReader:
         self.num_samples = n
 
     def _check_samples(self, images, alloc, start, end):
-        """Gives every sample its size and refuses any that points outside the data (format notes: recipes, section 7)."""
+        """Gives every sample its size, which only the allocation table has, and refuses one that is not in the data."""
         self.modes = images["mode"].copy()
         self.widths, self.heights = images["width"].astype(np.int64), images["height"].astype(np.int64)
         order = np.argsort(alloc["ptr"], kind="stable")
@@ -933,8 +942,8 @@ class BetonReader:
         known &= (sizes > 0) & (self.widths > 0) & (self.heights > 0) & (self.modes <= 1)
         if not known.all():
             i = int(np.argmin(known))
-            raise self._wrong(f"sample {i} ({self.widths[i]}x{self.heights[i]}, mode {self.modes[i]}) has no valid place "
-                              "in it")
+            raise self._wrong(f"sample {i} ({self.widths[i]}x{self.heights[i]}, mode {self.modes[i]}) has no valid "
+                              "place in it")
         self.ptrs, self.sizes = ptrs.astype(np.int64), sizes.astype(np.int64)
 
     def read(self, i):
@@ -945,7 +954,7 @@ class BetonReader:
         return data
 
     def image(self, i, box=None):
-        """Sample i, or its box (x, y, w, h), as uint8 (h, w, 3), decoded by libjpeg-turbo. DataError names the sample when it is damaged."""
+        """Sample i, or its box (x, y, w, h), as uint8 (h, w, 3) by libjpeg-turbo; DataError names a damaged sample."""
         width, height = int(self.widths[i]), int(self.heights[i])
         x, y, w, h = box or (0, 0, width, height)
         if not (0 <= x and 0 <= y and 0 < w <= width - x and 0 < h <= height - y):
@@ -1004,8 +1013,8 @@ class _Loader:
         self._started, self.res, self.scale, self.order = False, None, None, order
         self.set_stage(res, scale)
         if len(self) == 0:
-            raise DataError(f"{self.num_samples} samples on {world_size} rank(s) do not fill one batch of {batch_size}; "
-                             "take a smaller batch or drop_last=False")
+            raise DataError(f"{self.num_samples} samples on {world_size} rank(s) do not fill one batch of "
+                            f"{batch_size}; take a smaller batch or drop_last=False")
 
     def set_stage(self, res=None, scale=None):
         """Output side in pixels and crop area range from the next epoch on; None keeps what is."""
@@ -1030,13 +1039,13 @@ class _Loader:
             raise ValueError(f"the loader's state is of {state['num_samples']} samples with seed {state['seed']}, this "
                              f"loader has {self.num_samples} with seed {self.seed}")
         if state["samples"] % total:
-            raise ValueError(f"the state is {state['samples']} samples into its epoch, which {self.world_size} rank(s) x "
-                             f"batch {self.batch_size} cannot continue; take a total batch that divides it")
+            raise ValueError(f"the state is {state['samples']} samples into its epoch, which {self.world_size} rank(s) "
+                             f"x batch {self.batch_size} cannot continue; take a total batch that divides it")
         self.epoch, self.batch, self._started = state["epoch"], state["samples"] // total, False
         self.set_stage(state["res"], state["scale"])
 
     def _positions(self):
-        """This rank's positions in `indices` for self.epoch, in order; the ranks' lists interleave to the whole order."""
+        """This rank's positions in `indices` for self.epoch, in order; the ranks' lists interleave to the whole."""
         if not self.train:
             return np.arange(self.rank, self.num_samples, self.world_size)
         order = self._shuffle(np.random.default_rng([self.seed, self.epoch]))
@@ -1102,7 +1111,7 @@ class _Run:
 
     def __init__(self, loader, positions, start):
         reader, self.size = loader.reader, loader.batch_size
-        self.slots, self.pinned = loader.ahead + 1, loader.device.type == "cuda"
+        self.slots, self.pinned = loader.ahead, loader.device.type == "cuda"
         self.bytes = self.size * 3 * loader.res ** 2
         self.reader, self.res, self.total = reader, loader.res, len(positions)
         self.batches = len(loader)
@@ -1240,12 +1249,13 @@ class ESSLLoader(_Loader):
 
 # --- loader over a folder of pictures
 class _Pictures(torch.utils.data.Dataset):
-    """One epoch of an image folder: Pillow decodes the whole picture, then the same box, resize and flip as ESSLLoader."""
+    """One epoch of an image folder: Pillow decodes the whole picture, then box, resize and flip as in ESSLLoader."""
 
     def __init__(self, loader):
         self.samples, self.indices, self.train, self.res = loader.samples, loader.indices, loader.train, loader.res
-        self.scale, self.ratio, self.hflip, self.crop_ratio = loader.scale, loader.ratio, loader.hflip, loader.crop_ratio
-        self.seed, self.epoch, self.interpolation = loader.seed, loader.epoch, loader.interpolation
+        self.scale, self.ratio, self.hflip = loader.scale, loader.ratio, loader.hflip
+        self.crop_ratio, self.interpolation = loader.crop_ratio, loader.interpolation
+        self.seed, self.epoch = loader.seed, loader.epoch
         self.transform = loader.transform
 
     def __getitem__(self, position):
@@ -1326,8 +1336,8 @@ def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
     res, bicubic = int(output_size[0]), interpolation == "bicubic"
     scale, ratio = tuple(map(float, scale)), tuple(map(float, ratio))
     if output_size[0] != output_size[1] or interpolation not in ("bicubic", "bilinear"):
-        raise ValueError(f"output_size={output_size}, interpolation={interpolation!r}: expected a square, and 'bicubic' or "
-                         "'bilinear'")
+        raise ValueError(f"output_size={output_size}, interpolation={interpolation!r}: expected a square, and "
+                         "'bicubic' or 'bilinear'")
 
     class CropDecoder(SimpleRGBImageDecoder):  # FFCV takes only its own class for a decoder
         def declare_state_and_memory(self, previous_state):

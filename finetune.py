@@ -67,6 +67,7 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of weights, order, crops and augmentation")
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
+    p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
     argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
     argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
@@ -109,9 +110,14 @@ def any_rank(flag):
     return bool(flag.item())
 
 
-def open_loader(path, batch_size, train, **kwargs):
-    """ESSLLoader for a file, FolderLoader for a folder."""
-    return (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+def open_loader(path, batch_size, train, preload=False, **kwargs):
+    """ESSLLoader for a file, FolderLoader for a folder; preload reads a file into the page cache, once a machine."""
+    loader = (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+    if preload and not Path(path).is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with tqdm(desc=f"preload {path}", total=loader.reader.size, unit="B", unit_scale=True) as bar:
+            for size in loader.reader.preload():
+                bar.update(size)
+    return loader
 
 
 def save(state, path):
@@ -288,7 +294,7 @@ def main(args):
     if args.aug == "rand" and not Path(args.data).is_dir():
         raise SystemExit(f"--aug rand works on Pillow's pictures: --data {args.data} must be an image folder")
     rand = {"transform": rand_augment_transform(*RAND_AUG)} if args.aug == "rand" else {}
-    loader, val = open_loader(args.data, args.batch_size, True, **shared, **rand), vals[0]
+    val, loader = vals[0], open_loader(args.data, args.batch_size, True, args.preload, **shared, **rand)
     classes = len(loader.classes or ()) or int(loader.reader.labels.max()) + 1
     for path, data in (args.data, loader), (args.val_data[0], val):
         check_labels(path, data, classes, loader.classes)

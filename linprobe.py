@@ -53,6 +53,7 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of weights, order and crops")
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
+    p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
     argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
     argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
     args = p.parse_args(argv)
@@ -90,9 +91,14 @@ def any_rank(flag):
     return bool(flag.item())
 
 
-def open_loader(path, batch_size, train, **kwargs):
-    """ESSLLoader for a file, FolderLoader for a folder."""
-    return (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+def open_loader(path, batch_size, train, preload=False, **kwargs):
+    """ESSLLoader for a file, FolderLoader for a folder; preload reads a file into the page cache, once a machine."""
+    loader = (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+    if preload and not Path(path).is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with tqdm(desc=f"preload {path}", total=loader.reader.size, unit="B", unit_scale=True) as bar:
+            for size in loader.reader.preload():
+                bar.update(size)
+    return loader
 
 
 def save(state, path):
@@ -246,7 +252,7 @@ def main(args):
     stored = args.cached or args.knn
     shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device)
     # The published crop tries one box and clips it; ours tries up to ten and takes the centre, of the same area range
-    loader = open_loader(args.data, args.batch_size, not stored, scale=(0.08, 1.0), **shared)
+    loader = open_loader(args.data, args.batch_size, not stored, args.preload, scale=(0.08, 1.0), **shared)
     val = open_loader(args.val_data, args.batch_size, False, **shared)
     labels, val_labels = (x.reader.labels if isinstance(x, ESSLLoader) else np.array([y for _, y in x.samples])
                           for x in (loader, val))

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,6 +68,7 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of weights, order, crops and masks")
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
+    p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
     p.add_argument("--viz-every", type=int, default=20, help="epochs between reconstruction pictures; also at the end")
     p.add_argument("--bench", action="store_true", help="only measure the scheme's stages, next to a plain eager model")
@@ -118,9 +118,14 @@ def any_rank(flag):
     return bool(flag.item())
 
 
-def open_loader(path, batch_size, train, **kwargs):
-    """ESSLLoader for a file, FolderLoader for a folder."""
-    return (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+def open_loader(path, batch_size, train, preload=False, **kwargs):
+    """ESSLLoader for a file, FolderLoader for a folder; preload reads a file into the page cache, once a machine."""
+    loader = (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+    if preload and not Path(path).is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with tqdm(desc=f"preload {path}", total=loader.reader.size, unit="B", unit_scale=True) as bar:
+            for size in loader.reader.preload():
+                bar.update(size)
+    return loader
 
 
 def save(state, path):
@@ -334,7 +339,8 @@ def main(args):
 
     # --- data
     shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device)
-    loader = open_loader(args.data, args.batch_size, True, res=args.input_size, scale=PRETRAIN["scale"], **shared)
+    loader = open_loader(args.data, args.batch_size, True, args.preload, res=args.input_size, scale=PRETRAIN["scale"],
+                         **shared)
     classes = len(loader.classes or ()) or (int(loader.reader.labels.max()) + 1)
     probe = args.probe if classes > 1 else "off"  # a flat folder has nothing to probe for
     val = None

@@ -901,7 +901,7 @@ def test_pretrain_defaults_are_table_1():
 def unbroken(folder, tmp_path_factory):
     """The tiny run that nothing interrupts."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = tiny_run(folder, out)
+    done = tiny_run(folder, out, "--preload")
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
