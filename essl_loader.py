@@ -655,11 +655,11 @@ def vertical_pass(src, offset, stride, last, width, out, first, taps, weights, f
         r2 = src[offset + min(f + 2, last) * stride:][:width]
         r3 = src[offset + min(f + 3, last) * stride:][:width]
         w0, w1, w2, w3 = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-        half = np.float32(0.5)
+        half = F(0.5)
         if taps == 4:
             for x in range(width):
                 v = w0 * r0[x] + w1 * r1[x] + w2 * r2[x] + w3 * r3[x] + half
-                to[x] = np.uint8(np.int32(min(max(v, np.float32(0)), np.float32(255))))
+                to[x] = to_byte(v)
             continue
         sums = acc[:width]
         for x in range(width):
@@ -671,7 +671,7 @@ def vertical_pass(src, offset, stride, last, width, out, first, taps, weights, f
             for x in range(width):
                 sums[x] += w0 * r0[x] + w1 * r1[x]
         for x in range(width):
-            to[x] = np.uint8(np.int32(min(max(sums[x], np.float32(0)), np.float32(255))))
+            to[x] = to_byte(sums[x])
 
 
 @njit(nogil=True, cache=True)
@@ -728,7 +728,6 @@ def resize_plane(planes, plane, x, y, w, h, res, bicubic, flip, dst, scratch):
 @njit(nogil=True, cache=True, fastmath=True)
 def write_rgb(p, n, stride, res, ycc, out):
     """Writes resized planes p[0..n) as interleaved RGB into out; ycc: JFIF's YCbCr -> RGB (ITU-T T.871, section 7)."""
-    a, b, z, top = np.float32(0.5), np.float32(128), np.float32(0), np.float32(255)
     for y in range(res):
         p0, o = p[0, y * stride:][:res], out[3 * res * y:][:3 * res]
         if n == 1:
@@ -741,13 +740,10 @@ def write_rgb(p, n, stride, res, ycc, out):
                 o[3 * x], o[3 * x + 1], o[3 * x + 2] = p0[x], p1[x], p2[x]
             continue
         for x in range(res):
-            luma, cb, cr = np.float32(p0[x]) + a, np.float32(p1[x]) - b, np.float32(p2[x]) - b
-            red = luma + np.float32(1.402) * cr
-            green = luma - np.float32(0.344136) * cb - np.float32(0.714136) * cr
-            blue = luma + np.float32(1.772) * cb
-            o[3 * x] = np.uint8(np.int32(min(max(red, z), top)))
-            o[3 * x + 1] = np.uint8(np.int32(min(max(green, z), top)))
-            o[3 * x + 2] = np.uint8(np.int32(min(max(blue, z), top)))
+            luma, cb, cr = F(p0[x]) + F(0.5), F(p1[x]) - F(128), F(p2[x]) - F(128)  # half: to round
+            o[3 * x] = to_byte(luma + F(1.402) * cr)
+            o[3 * x + 1] = to_byte(luma - F(0.344136) * cb - F(0.714136) * cr)
+            o[3 * x + 2] = to_byte(luma + F(1.772) * cb)
 
 
 # --- kernels: one sample, and the loop that every thread runs
@@ -873,7 +869,7 @@ class BetonReader:
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"{path}: no such file. Build it: python build_beton.py --data-dir PICTURES --out "
-                                    f"{path}, or draw a small one: python build_beton.py --demo")
+                            f"{path}, or draw a small one: python build_beton.py --demo")
         self.file = open(self.path, "rb", buffering=0)
         try:
             self._read_tables()
@@ -1030,14 +1026,15 @@ class _Loader:
     def state_dict(self):
         """Where the iteration stands, in samples of all ranks: it can be resumed on another number of ranks."""
         return {"epoch": self.epoch, "samples": self.batch * self.batch_size * self.world_size, "seed": self.seed,
-                "num_samples": self.num_samples, "res": self.res, "scale": list(self.scale)}
+                "num_samples": self.num_samples, "order": self.order, "res": self.res, "scale": list(self.scale)}
 
     def load_state_dict(self, state):
         """Makes the next iteration go on with the exact next batch. ValueError if the data or the batching differ."""
         total = self.batch_size * self.world_size
-        if state["num_samples"] != self.num_samples or state["seed"] != self.seed:
-            raise ValueError(f"the loader's state is of {state['num_samples']} samples with seed {state['seed']}, this "
-                             f"loader has {self.num_samples} with seed {self.seed}")
+        differ = [f"{k}: {state[k]} there, {getattr(self, k)} here" for k in ("num_samples", "seed", "order")
+                  if state[k] != getattr(self, k)]
+        if differ:
+            raise ValueError(f"the state is of another loader ({'; '.join(differ)})")
         if state["samples"] % total:
             raise ValueError(f"the state is {state['samples']} samples into its epoch, which {self.world_size} rank(s) "
                              f"x batch {self.batch_size} cannot continue; take a total batch that divides it")
@@ -1165,7 +1162,7 @@ class _Run:
         """Waits for a batch and returns its pictures; raises what went wrong in it."""
         slot, size = batch % self.slots, min(self.size, self.total - batch * self.size)
         with self.wake:
-            while self.granted < min(self.batches, batch + self.slots):
+            while self.granted < min(self.batches, batch + self.slots) and self.job.control[LIMIT] >= 0:  # not stopped
                 self._grant(self.granted)
                 self.granted += 1
             self.wake.notify_all()
@@ -1179,7 +1176,7 @@ class _Run:
         if len(bad):
             sample = int(self.job.ids[batch * self.size + bad[0]])
             raise DataError(f"{self.reader.path}: sample {sample}: {REASONS[int(self.job.status[slot, bad[0]])]}. "
-                             f"`python build_beton.py --verify {self.reader.path}` lists all that is wrong.")
+                            f"`python build_beton.py --verify {self.reader.path}` lists all that is wrong.")
         return torch.from_numpy(self.views.pop(batch)).view(self.size, self.res, self.res, 3)[:size].permute(0, 3, 1, 2)
 
     def stop(self):

@@ -121,6 +121,16 @@ def init_linear(m):
         nn.init.zeros_(m.bias)
 
 
+def init_encoder(model):
+    """What MAE and ViT start from, and ImageNet's mean and deviation as buffers that no checkpoint holds."""
+    model.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+    model.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+    model.apply(init_linear)
+    nn.init.xavier_uniform_(model.patch_embed.proj.weight.flatten(1))
+    nn.init.zeros_(model.patch_embed.proj.bias)
+    nn.init.normal_(model.cls_token, std=0.02)
+
+
 def resample_again(model, incompatible_keys):
     """After loading: the tables that `prepare` made belong to the weights before."""
     model.prepare(*model.grids)
@@ -170,13 +180,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.decoder_norm = norm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * 3)
 
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        self.apply(init_linear)
-        projection = self.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        nn.init.normal_(self.cls_token, std=0.02)
+        init_encoder(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
         self.grids = ()
@@ -314,13 +318,7 @@ class ViT(VisionTransformer):
                          fc_norm=pool == "fc_norm", drop_path_rate=drop_path, dynamic_img_size=True,
                          norm_layer=partial(nn.LayerNorm, eps=1e-6), **settings)
         self.settings = {**settings, "img_size": img_size}
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        self.apply(init_linear)
-        projection = self.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        nn.init.normal_(self.cls_token, std=0.02)
+        init_encoder(self)
         self.pos_embed.data.copy_(sincos_table(settings["embed_dim"], img_size // settings["patch_size"]))
         if classes:
             trunc_normal_(self.head.weight, std=2e-5)

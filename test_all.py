@@ -50,9 +50,10 @@ def draw(rng, width, height):
 
 
 def encode(picture, subsampling=2, restart=True, quality=95):
-    """JPEG bytes from Pillow, with a restart interval that divides the row as build_beton.py's do."""
+    """JPEG bytes from Pillow; restart: none, one that divides the row as build_beton.py's, or one of so many MCUs."""
     out, across = io.BytesIO(), -(-picture.width // (16 if subsampling else 8))
     k = min((d for d in range(1, across + 1) if across % d == 0), key=lambda d: min(abs(d - 3), abs(d - 4)))
+    k = k if restart is True else restart
     picture.save(out, "JPEG", quality=quality, subsampling=subsampling, optimize=True,
                  **({"restart_marker_blocks": k} if restart else {}))
     return out.getvalue()
@@ -352,7 +353,7 @@ def planes_of(jpeg, width, height, subsampling):
 
 
 @pytest.mark.parametrize("subsampling", [2, 0, 1, "gray"])
-@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize("restart", [True, False, 7])
 def test_loader_crop_decode_equals_crop_of_full_decode(tmp_path, subsampling, restart):
     """Random boxes, odd sizes, every sampling: at most one level from libjpeg-turbo's full decode, edges included."""
     rng, items = np.random.default_rng(3), []
@@ -443,6 +444,8 @@ def test_loader_same_bytes_for_any_threads_and_after_resume(beton):
         if i == 2:
             break
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    with pytest.raises(ValueError, match="order"):
+        ESSLLoader(beton[0], 8, seed=5, order="pages").load_state_dict(first.state_dict())
     assert same(epochs_of(resumed), expected[3:])
     halves = [ESSLLoader(beton[0], 4, res=96, seed=5, rank=r, world_size=2) for r in range(2)]  # other world, same total
     for half in halves:
@@ -491,6 +494,24 @@ def test_loader_leaving_early_frees_threads(beton):
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="closed"):
         next(iter(loader))
+
+
+def test_loader_closed_under_way_says_so(beton):
+    """The next batch of a loader that was closed in mid-epoch is an error, not a wait for threads that are gone."""
+    loader, raised = ESSLLoader(beton[0], 4, res=48, num_workers=2), []
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+
+    def read_on():
+        try:
+            next(batches)
+        except RuntimeError as e:
+            raised.append(str(e))
+    reader = threading.Thread(target=read_on, daemon=True)
+    reader.start()
+    reader.join(20)
+    assert raised and "closed" in raised[0]
 
 
 def test_loader_random_box_is_torchvisions():
