@@ -296,14 +296,13 @@ def step_passes(name, path, res, images):
     reader = BetonReader(path)
     if reader.modes.any():
         raise RuntimeError("the file stores pictures that are not JPEG")
-    size, wide, tall = int(reader.sizes.max()), int(reader.widths.max()), int(reader.heights.max())
     tables = reader.widths, reader.heights, reader.ptrs, reader.sizes, np.resize(np.arange(reader.num_samples), images)
     look_up = ((np.arange(256)[:, None] - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]).astype(np.float32)
     outs = look_up, np.zeros((res, res, 3), np.uint8), np.zeros((res * res, 3), np.float32)
     if name == "ESSL":
-        scratch = make_scratch(size, wide, tall, res)
+        scratch = make_scratch(reader.sizes, reader.widths, reader.heights, res)
         return lambda step: timed(essl_steps, images, step, reader.file.fileno(), *tables, SCALE, RATIO, *outs, scratch)
-    room = np.zeros(max(size, 3 * wide * tall), np.uint8), outs[1].copy()
+    room = np.zeros(max(reader.sizes.max(), 3 * (reader.widths * reader.heights).max()), np.uint8), outs[1].copy()
     data = np.asarray(np.memmap(path, np.uint8, "r"))
     return lambda step: timed(ffcv_steps, images, step, data, *tables, *outs, *room)
 

@@ -275,12 +275,13 @@ def write_beton(out, get_picture, jobs, labels, classes, settings, skip_bad, num
             raise ValueError(f"{len(bad):,} of {len(jobs):,} pictures cannot be read, as listed above; {out} was not "
                              f"written: repair or remove them{', or leave them out with --skip-bad' * (not skip_bad)}")
         samples, alloc = samples[:n], alloc[:n]
-        settings = settings | {"checksum": tables_checksum(samples, alloc)}
+        header = np.array((2, 2, page, n, end), HEADER)
+        settings = settings | {"checksum": tables_checksum(header, settings, samples, alloc)}
         fields = np.array([(2, b"image", json.dumps(settings).encode()), (1, b"label", b"")], FIELD)
         file.seek(end)
         file.write(alloc.tobytes())
         file.seek(0)
-        file.write(np.array((2, 2, page, n, end), HEADER).tobytes() + fields.tobytes() + samples.tobytes())
+        file.write(header.tobytes() + fields.tobytes() + samples.tobytes())
         with write_aside(out.with_suffix(".json")) as sidecar:
             left_out = [{"file": name, "reason": reason} for name, reason in bad]
             sidecar.write(json.dumps({"classes": classes, "num_samples": n, "settings": settings,

@@ -8,7 +8,9 @@ Needs numpy, numba, torch and libturbojpeg (`pip install turbojpeg`, or Debian's
 once, about half a minute, into numba's cache beside this file. Reads top to bottom: format, C library, kernels (draws,
 JPEG, resize, sample), reader, loaders, the operation for FFCV.
 """
+import contextlib
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -37,13 +39,17 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 ALLOC = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 SAMPLE = np.dtype({"names": ["mode", "width", "height", "data_ptr", "label"], "itemsize": 24,  # image + label, aligned
                    "formats": ["<u1", "<u2", "<u2", "<u8", "<i8"], "offsets": [0, 1, 3, 5, 16]})
+MOST_PIXELS = 1024  # in a byte of JPEG, at most: each block takes a bit or more
 FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # type ids that this reader knows
 
 
-def tables_checksum(samples, alloc):
-    """crc32 over the bytes of the samples table and then the allocation table."""
-    return zlib.crc32(np.ascontiguousarray(alloc).view(np.uint8),
-                      zlib.crc32(np.ascontiguousarray(samples).view(np.uint8)))
+def tables_checksum(header, settings, samples, alloc):
+    """crc32 over the header, the settings without their checksum as sorted JSON, the samples, the allocation table."""
+    told = json.dumps({k: v for k, v in settings.items() if k != "checksum"}, sort_keys=True).encode()
+    checksum = 0
+    for part in np.ravel(header), np.frombuffer(told, np.uint8), samples, alloc:
+        checksum = zlib.crc32(np.ascontiguousarray(part).view(np.uint8), checksum)
+    return checksum
 
 
 class DataError(ValueError):
@@ -72,10 +78,27 @@ def load_turbojpeg():
 _bound = []
 
 
+def drop_old_kernels(cache):
+    """Removes from numba's cache folder what it holds of another version of this file.
+
+    numba renews a kernel's index before its code, so a process killed in between would leave the old code under the new
+    index, and a process reading in between would run it.
+    """
+    source, note = Path(__file__), cache / f"{Path(__file__).stem}.version"
+    version = f"{source.stat().st_mtime_ns} {source.stat().st_size}"
+    with contextlib.suppress(OSError):  # numba does without a cache where it cannot write
+        if not (note.is_file() and note.read_text() == version):
+            for old in cache.glob(f"{source.stem}.*.nb[ic]"):
+                old.unlink(missing_ok=True)
+            cache.mkdir(parents=True, exist_ok=True)
+            note.write_text(version)
+
+
 def bind():
     """Resolves the symbols that the kernels call; every public entry does it, importing the file does not."""
     if _bound:
         return
+    drop_old_kernels(Path(fill.stats.cache_path))
     lib = load_turbojpeg()
     for name in ("tjInitDecompress", "tjDestroy", "tjDecompress2"):
         # Under a name of our own: ffcv brings the system's copy of the same symbols into the process.
@@ -749,23 +772,26 @@ def write_rgb(p, n, stride, res, ycc, out):
 # --- kernels: one sample, and the loop that every thread runs
 Scratch = namedtuple("Scratch", "tj info starts raw clean tables orders coefs work planes plane split first weights "
                                 "acc a b resized")
-Job = namedtuple("Job", "fd modes widths heights ptrs sizes ids draws control done addresses status "
-                        "train res batch_size bicubic seed epoch scale ratio hflip crop_ratio")
+Job = namedtuple("Job", "fd modes widths heights ptrs sizes wanted ids draws control done addresses status "
+                        "train res batch_size bicubic seed epoch scale ratio hflip crop_ratio skip_bad")
 NEXT, LIMIT = 0, 1  # control: the next ticket (position in the epoch) to hand out, and the first that must wait
 
 
 @njit(nogil=True, cache=True)
-def make_scratch(max_bytes, max_width, max_height, res):
-    """One thread's memory, sized once for the file's largest sample; tj holds libjpeg-turbo's handle."""
-    wide, tall, out8 = max_width + 128, max_height + 32, (res + 7) // 8 * 8
-    side = (max(wide, tall) + 7) // 8 * 8
+def make_scratch(sizes, widths, heights, res):
+    """One thread's memory, sized once for the largest of the samples; tj holds libjpeg-turbo's handle."""
+    out8, max_bytes, side, area = (res + 7) // 8 * 8, 0, 0, 0
+    for i in range(len(sizes)):
+        wide, tall = widths[i] + 128, heights[i] + 32
+        max_bytes, side, area = max(max_bytes, sizes[i]), max(side, wide, tall), max(area, wide * tall)
+    side = (side + 7) // 8 * 8
     tj = np.zeros(1, np.int64)
     tj[0] = tj_init()
-    return Scratch(tj, np.zeros(17, np.int64), np.empty((wide // 8) * (tall // 8) + 2, np.int64),
+    return Scratch(tj, np.zeros(17, np.int64), np.empty(area // 64 + 2, np.int64),
                    np.empty(max_bytes + 64, np.uint8), np.empty(max_bytes + 2048, np.uint8),
                    np.empty((4, TABLE), np.int32), np.empty((4, 128), np.int32), np.empty(4 * 64 * LANES, np.int16),
-                   np.empty(64 * LANES, np.float32), np.empty(3 * wide * tall, np.uint8), np.zeros((3, 6), np.int64),
-                   np.empty(3 * wide * tall, np.uint8), np.empty(res, np.int64),
+                   np.empty(64 * LANES, np.float32), np.empty(3 * area, np.uint8), np.zeros((3, 6), np.int64),
+                   np.empty(3 * area, np.uint8), np.empty(res, np.int64),
                    np.empty(4 * side + 8 * res, np.float32), np.empty(side + out8, np.float32),
                    np.empty((side + out8) * out8, np.uint8), np.empty((side + out8) * out8, np.uint8),
                    np.empty((3, out8 * out8), np.uint8))
@@ -828,31 +854,60 @@ def take_ticket(control):
 
 
 @njit(nogil=True, cache=True)
+def fill_row(job, scratch, i, draw, address):
+    """Sample i, with the crop and flip of a draw, to an address in a batch; returns a code of REASONS."""
+    width, height, flip = job.widths[i], job.heights[i], False
+    if job.train:
+        x, y, w, h = random_box(width, height, job.scale, job.ratio, job.seed, job.epoch, draw)
+        flip = uniform(job.seed, job.epoch, draw, FLIP_DRAW) < job.hflip
+    else:
+        x, y, w, h = center_box(width, height, job.crop_ratio)
+    out = carray(as_pointer(address), (3 * job.res * job.res,), np.uint8)
+    if pread(job.fd, scratch.raw.ctypes.data, job.sizes[i], job.ptrs[i]) != job.sizes[i]:
+        return SHORT_READ
+    return resized_crop(scratch.raw, job.sizes[i], job.modes[i], width, height, x, y, w, h, job.res, job.bicubic, flip,
+                        out, scratch)
+
+
+@njit(nogil=True, cache=True)
 def fill(job, scratch):
-    """Fills batches until the limit (returns -1) or until this thread completes a batch (returns its number)."""
-    n, slots, raw = len(job.ids), len(job.done), scratch.raw
+    """Fills batches until the limit (returns -1) or until this thread completes a batch (returns its number).
+
+    With job.skip_bad a bad sample's row takes the next good one of the epoch, which job.ids names then.
+    """
+    n, slots = len(job.ids), len(job.done)
     while True:
         ticket = take_ticket(job.control)
         if ticket < 0:
             return -1
         batch, row = ticket // job.batch_size, ticket % job.batch_size
-        slot, i, draw = batch % slots, job.ids[ticket], job.draws[ticket]
-        width, height, flip = job.widths[i], job.heights[i], False
-        if job.train:
-            x, y, w, h = random_box(width, height, job.scale, job.ratio, job.seed, job.epoch, draw)
-            flip = uniform(job.seed, job.epoch, draw, FLIP_DRAW) < job.hflip
-        else:
-            x, y, w, h = center_box(width, height, job.crop_ratio)
-        pixels = 3 * job.res * job.res
-        out = carray(as_pointer(job.addresses[slot] + row * pixels), (pixels,), np.uint8)
-        code = SHORT_READ
-        if pread(job.fd, raw.ctypes.data, job.sizes[i], job.ptrs[i]) == job.sizes[i]:
-            code = resized_crop(raw, job.sizes[i], job.modes[i], width, height, x, y, w, h, job.res, job.bicubic, flip,
-                                out, scratch)
+        slot, i, draw = batch % slots, job.wanted[ticket], job.draws[ticket]
+        address = job.addresses[slot] + row * 3 * job.res * job.res
+        code = fill_row(job, scratch, i, draw, address)
         job.status[slot, row] = code
+        for step in range(1, n if job.skip_bad and code != OK else 1):
+            i = job.wanted[(ticket + step) % n]
+            code = fill_row(job, scratch, i, draw, address)
+            if code == OK:
+                job.ids[ticket] = i
+                break
         size = min(job.batch_size, n - batch * job.batch_size)
         if atomic_add(job.done.ctypes.data + 8 * slot, 1) + 1 == size:
             return batch
+
+
+def compile_kernels(job, reader):
+    """Compiles or loads the kernels by calling them for nothing, one process after the other: torchrun's ranks start at
+    once, and numba's cache is not made for several that write."""
+    if fill.signatures:
+        return
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written needs no lock
+            lock = stack.enter_context(open(Path(fill.stats.cache_path) / f"{Path(__file__).stem}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        scratch = make_scratch(reader.sizes[:0], reader.widths[:0], reader.heights[:0], job.res)
+        fill(job, scratch)  # the limit is where the tickets begin: returns at once
+        destroy_decoder(scratch.tj[0])
 
 
 # --- reader
@@ -918,8 +973,8 @@ class BetonReader:
             self.settings.get("essl")
         except (ValueError, AttributeError):
             raise self._wrong("its build settings are garbled") from None
-        if self.settings and self.settings.get("checksum") != tables_checksum(samples, alloc):
-            raise self._wrong("the checksum over its tables does not match")
+        if self.settings and self.settings.get("checksum") != tables_checksum(header, self.settings, samples, alloc):
+            raise self._wrong("the checksum over its header and tables does not match")
         self._check_samples(samples[f"f{image}"], alloc, HEADER.itemsize + descriptors.nbytes + samples.nbytes, end)
         self.labels = (samples[f"f{kinds.index(1)}"] if 1 in kinds else np.zeros(n)).astype(np.int64)
         self.num_samples = n
@@ -936,6 +991,8 @@ class BetonReader:
         ptrs, sizes = images["data_ptr"], rows["size"]
         known &= (ptrs >= start) & (ptrs <= end) & (sizes <= self.size) & (sizes <= end - np.minimum(ptrs, end))
         known &= (sizes > 0) & (self.widths > 0) & (self.heights > 0) & (self.modes <= 1)
+        # no memory on the word of a table: a block of a JPEG takes a bit or more, a raw pixel three bytes
+        known &= self.widths * self.heights <= np.minimum(sizes, self.size).astype(np.int64) * MOST_PIXELS
         if not known.all():
             i = int(np.argmin(known))
             raise self._wrong(f"sample {i} ({self.widths[i]}x{self.heights[i]}, mode {self.modes[i]}) has no valid "
@@ -958,7 +1015,7 @@ class BetonReader:
         src, code = np.frombuffer(bytearray(self.read(i)), np.uint8), OK
         pixels = src
         if self.modes[i] == 0:
-            scratch = make_scratch(len(src), width, height, 8)
+            scratch = make_scratch(*(table[i:i + 1] for table in (self.sizes, self.widths, self.heights)), 8)
             code, pixels = decode_rgb(src, len(src), width, height, scratch), scratch.planes[:3 * width * height]
             destroy_decoder(scratch.tj[0])
         elif len(src) != 3 * width * height:
@@ -976,6 +1033,13 @@ class BetonReader:
         self.file.close()
 
 
+def refuse_fork(process):
+    """Raises RuntimeError in any other process than the one that made a loader: threads do not survive a fork."""
+    if os.getpid() != process:
+        raise RuntimeError(f"this loader was made in process {process} and has no threads in its fork {os.getpid()}: "
+                           "make one there")
+
+
 WINDOW = 512 << 20  # bytes that order="pages" shuffles in
 
 
@@ -990,7 +1054,7 @@ class _Loader:
 
     def __init__(self, batch_size, train=True, res=224, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5,
                  crop_ratio=224 / 256, interpolation="bicubic", num_workers=0, seed=0, rank=0, world_size=1,
-                 drop_last=None, device="cpu", indices=None, ahead=3, order="random"):
+                 drop_last=None, device="cpu", indices=None, ahead=3, order="random", skip_bad=False):
         if order not in ("random", "pages"):
             raise ValueError(f"order={order!r}: expected 'random' or 'pages'")
         if interpolation not in ("bicubic", "bilinear"):
@@ -1006,6 +1070,8 @@ class _Loader:
         if len(self.indices) == 0 or self.indices.min() < 0 or self.indices.max() >= self.total:
             raise ValueError(f"indices must name samples 0 to {self.total - 1}, at least one")
         self.num_samples, self.epoch, self.batch, self.closed = len(self.indices), 0, 0, False
+        self.skip_bad, self.bad_samples, self.num_replaced, self._told_bad = skip_bad, {}, 0, set()
+        self.process = os.getpid()
         self._started, self.res, self.scale, self.order = False, None, None, order
         self.set_stage(res, scale)
         if len(self) == 0:
@@ -1061,6 +1127,7 @@ class _Loader:
     def __iter__(self):
         if self.closed:
             raise RuntimeError("this loader is closed")
+        refuse_fork(self.process)
         if self._started:  # an earlier iteration was left early: this is the next epoch
             self.epoch, self.batch = self.epoch + 1, 0
         self._started = True
@@ -1092,6 +1159,21 @@ class _Loader:
         labels.record_stream(current)
         return images, labels
 
+    def _note_bad(self, replaced):
+        """Counts and names the samples that were replaced: pairs (sample, reason), which are taken from the list."""
+        self.num_replaced += len(replaced)
+        self.bad_samples.update(replaced)
+        replaced.clear()
+
+    def new_bad_samples(self):
+        """bad_samples that no earlier call has returned, over all ranks, which must call it together."""
+        new = {k: v for k, v in self.bad_samples.items() if k not in self._told_bad}
+        self._told_bad.update(new)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(found := [None] * torch.distributed.get_world_size(), new)
+            new = {k: v for part in found for k, v in part.items()}
+        return new
+
     def close(self):
         self.closed = True
 
@@ -1113,13 +1195,15 @@ class _Run:
         self.reader, self.res, self.total = reader, loader.res, len(positions)
         self.batches = len(loader)
         self.buffers, self.holders, self.views, self.granted = [], [], {}, start
-        self.failure, self.wake = None, threading.Condition()
-        control = np.array([start * self.size, start * self.size])
+        self.failure, self.wake, self.process, self.replaced = None, threading.Condition(), os.getpid(), []
+        control, wanted = np.array([start * self.size, start * self.size]), loader.indices[positions]
         self.job = Job(reader.file.fileno(), reader.modes, reader.widths, reader.heights, reader.ptrs, reader.sizes,
-                       loader.indices[positions], positions, control, np.zeros(self.slots, np.int64),
+                       wanted, wanted.copy(), positions, control, np.zeros(self.slots, np.int64),
                        np.zeros(self.slots, np.int64), np.zeros((self.slots, self.size), np.uint8), loader.train,
                        loader.res, self.size, loader.interpolation == "bicubic", loader.seed, loader.epoch,
-                       loader.scale, tuple(map(float, loader.ratio)), float(loader.hflip), float(loader.crop_ratio))
+                       loader.scale, tuple(map(float, loader.ratio)), float(loader.hflip), float(loader.crop_ratio),
+                       bool(loader.skip_bad))
+        compile_kernels(self.job, reader)
         self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(loader.num_workers)]
         for thread in self.threads:
             thread.start()
@@ -1127,8 +1211,7 @@ class _Run:
     def _work(self):
         scratch, control = None, self.job.control
         try:
-            scratch = make_scratch(int(self.reader.sizes.max()), int(self.reader.widths.max()),
-                                   int(self.reader.heights.max()), self.res)
+            scratch = make_scratch(self.reader.sizes, self.reader.widths, self.reader.heights, self.res)
             while control[LIMIT] >= 0:
                 completed = fill(self.job, scratch)
                 with self.wake:
@@ -1160,6 +1243,7 @@ class _Run:
 
     def take(self, batch):
         """Waits for a batch and returns its pictures; raises what went wrong in it."""
+        refuse_fork(self.process)
         slot, size = batch % self.slots, min(self.size, self.total - batch * self.size)
         with self.wake:
             while self.granted < min(self.batches, batch + self.slots) and self.job.control[LIMIT] >= 0:  # not stopped
@@ -1172,14 +1256,18 @@ class _Run:
             raise RuntimeError(f"a loader thread on {self.reader.path} failed: {self.failure!r}") from self.failure
         if self.job.control[LIMIT] < 0:
             raise RuntimeError("the loader was closed while it was being read")
-        bad = np.flatnonzero(self.job.status[slot, :size])
-        if len(bad):
-            sample = int(self.job.ids[batch * self.size + bad[0]])
-            raise DataError(f"{self.reader.path}: sample {sample}: {REASONS[int(self.job.status[slot, bad[0]])]}. "
-                            f"`python build_beton.py --verify {self.reader.path}` lists all that is wrong.")
+        for row in np.flatnonzero(self.job.status[slot, :size]):
+            sample, reason = int(self.job.wanted[batch * self.size + row]), REASONS[int(self.job.status[slot, row])]
+            if self.job.ids[batch * self.size + row] == sample:
+                raise DataError(f"{self.reader.path}: sample {sample}: {reason}. "
+                                f"`python build_beton.py --verify {self.reader.path}` lists all that is wrong; "
+                                "skip_bad=True (--skip-bad) takes the next good one instead.")
+            self.replaced.append((sample, reason))
         return torch.from_numpy(self.views.pop(batch)).view(self.size, self.res, self.res, 3)[:size].permute(0, 3, 1, 2)
 
     def stop(self):
+        if os.getpid() != self.process:
+            return  # in a fork: the threads are not here, and one of them may hold the lock for ever
         with self.wake:
             self.job.control[LIMIT] = -1
             self.wake.notify_all()
@@ -1194,7 +1282,8 @@ class ESSLLoader(_Loader):
     crop_ratio of the short side. The bytes of a batch depend on (seed, epoch, indices) and the stage alone, not on
     num_workers (0: all cores this process may use). Training leaves out the last num_samples % world_size samples of an
     epoch's order, and the last partial batch with drop_last; evaluation visits each sample once over all ranks.
-    order="pages" reads a file that is larger than memory in large sequential pieces.
+    order="pages" reads a file that is larger than memory in large sequential pieces. skip_bad=True takes the next good
+    sample of the epoch for a damaged one, counts it in num_replaced and names it in bad_samples ({number: reason}).
     Raises ValueError for the arguments and DataError for the file, naming the sample where one is damaged.
     """
 
@@ -1220,11 +1309,12 @@ class ESSLLoader(_Loader):
         self._runs.add(run)
         self._read = set()  # the windows that this epoch has asked for
         try:
-            labels = self.reader.labels[run.job.ids]
             for b in range(start, len(self)):
                 if self.order == "pages":
                     self._read_ahead(run.job.ids[b * run.size:(b + 2 * run.slots) * run.size])
-                yield run.take(b), torch.from_numpy(labels[b * run.size:(b + 1) * run.size].copy())
+                pictures = run.take(b)
+                self._note_bad(run.replaced)
+                yield pictures, torch.from_numpy(self.reader.labels[run.job.ids[b * run.size:(b + 1) * run.size]])
         finally:
             run.stop()
             self._runs.discard(run)
@@ -1253,17 +1343,24 @@ class _Pictures(torch.utils.data.Dataset):
         self.scale, self.ratio, self.hflip = loader.scale, loader.ratio, loader.hflip
         self.crop_ratio, self.interpolation = loader.crop_ratio, loader.interpolation
         self.seed, self.epoch = loader.seed, loader.epoch
-        self.transform = loader.transform
+        self.transform, self.skip_bad = loader.transform, loader.skip_bad
+
+    def _open(self, position):
+        """(picture, label, reason why the one at the position was passed over or "")."""
+        from torchvision.datasets.folder import default_loader
+        reason = ""
+        for step in range(len(self.indices) if self.skip_bad else 1):
+            path, label = self.samples[self.indices[(position + step) % len(self.indices)]]
+            try:
+                return default_loader(path), label, reason
+            except (OSError, ValueError, SyntaxError) as e:
+                reason = reason or f"{path}: cannot be decoded ({e})"
+        raise DataError(f"{reason}; remove it, or take the next good one by skip_bad=True (--skip-bad)")
 
     def __getitem__(self, position):
-        from torchvision.datasets.folder import default_loader
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
-        path, label = self.samples[self.indices[position]]
-        try:
-            picture = default_loader(path)
-        except (OSError, ValueError, SyntaxError) as e:
-            raise DataError(f"{path}: cannot be decoded ({e}); remove it") from None
+        picture, label, reason = self._open(position)
         if self.train:
             x, y, w, h = random_box(*picture.size, self.scale, self.ratio, self.seed, self.epoch, position)
         else:
@@ -1276,7 +1373,7 @@ class _Pictures(torch.utils.data.Dataset):
             random.seed(number)
             np.random.seed(number)
             picture = self.transform(picture)
-        return torch.from_numpy(np.array(picture)), label
+        return torch.from_numpy(np.array(picture)), label, reason
 
 
 class FolderLoader(_Loader):
@@ -1301,15 +1398,27 @@ class FolderLoader(_Loader):
         batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
         loader = torch.utils.data.DataLoader(_Pictures(self), batch_sampler=batches, num_workers=self.num_workers,
                                              pin_memory=self.device.type == "cuda", prefetch_factor=self.ahead)
-        for pixels, labels in loader:
+        for batch, (pixels, labels, reasons) in zip(batches, loader):
+            self._note_bad([(int(self.indices[at]), reason) for at, reason in zip(batch, reasons) if reason])
             yield pixels.permute(0, 3, 1, 2), labels
+
+
+def open_loader(path, batch_size, train=True, preload=False, **kwargs):
+    """ESSLLoader for a file, FolderLoader for a folder; preload reads a file into the page cache, once a machine."""
+    loader = (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
+    if preload and not Path(path).is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        from tqdm import tqdm
+        with tqdm(desc=f"preload {path}", total=loader.reader.size, unit="B", unit_scale=True) as bar:
+            for size in loader.reader.preload():
+                bar.update(size)
+    return loader
 
 
 # --- the same decoder inside FFCV
 @njit(nogil=True, cache=True)
-def fill_share(table, wide, tall, scale, ratio, seed, epoch, res, bicubic, codes):
+def fill_share(table, scale, ratio, seed, epoch, res, bicubic, codes):
     """One thread's share of a batch; a row of table: address, size, mode, width, height, number of a sample, output."""
-    scratch = make_scratch(table[:, 1].max() if len(table) else 0, wide, tall, res)
+    scratch = make_scratch(table[:, 1].copy(), table[:, 3].copy(), table[:, 4].copy(), res)
     for i in range(len(table)):
         address, size, mode, width, height, draw, to = table[i]
         x, y, w, h = random_box(width, height, scale, ratio, seed, epoch, draw)
@@ -1344,7 +1453,6 @@ def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
 
         def generate_code(self):
             read, parallel, threads = self.memory_read, Compiler.get_iterator(), Compiler.num_threads
-            wide, tall = int(self.metadata["width"].max()), int(self.metadata["height"].max())
             self.batches = np.zeros(1, np.int64)
             counter = self.batches.ctypes.data
 
@@ -1358,8 +1466,7 @@ def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
                     row[3], row[4], row[5] = sample["width"], sample["height"], batch_indices[i]
                     row[6] = destination[i].ctypes.data
                 for thread in parallel(threads):
-                    fill_share(table[thread::threads], wide, tall, scale, ratio, seed, number, res, bicubic,
-                               codes[thread::threads])
+                    fill_share(table[thread::threads], scale, ratio, seed, number, res, bicubic, codes[thread::threads])
                 if codes.max() != 0:
                     raise ValueError("a sample of the .beton file is damaged: python build_beton.py --verify FILE")
                 return destination[:n]

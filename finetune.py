@@ -3,11 +3,12 @@
     torchrun --nproc_per_node 8 finetune.py --finetune runs/pretrain/last.pt --scheme s1  # ImageNet-1k, the paper's run
     python finetune.py --eval --resume runs/finetune/best.pt --val-data data/val_500_100.beton data/val_256_90.beton
 
-A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt and best.pt. Run the same command again and it
+A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt, previous.pt and best.pt. Run the same command again and it
 goes on where it stopped. The last line is the result:
     done: 10 epochs, top-1 96.00 %, top-5 100.00 % of 200 pictures (best 96.50 %), 0:01:12 h, runs/finetune/last.pt
 """
 import argparse
+import errno
 import json
 import math
 import os
@@ -30,8 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from essl_loader import DataError, ESSLLoader, FolderLoader
-from models_mae import VIT_SIZES, ViT, WeightsError, load_encoder, read_weights, vit_settings
+from essl_loader import DataError, ESSLLoader, open_loader
+from models_mae import (VIT_SIZES, ViT, WeightsError, find_checkpoint, load_encoder, read_weights, save_checkpoint,
+                        vit_settings)
 from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at
 
 MIN_LR = 1e-6
@@ -68,7 +70,12 @@ def get_args(argv=None):
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
+    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples, and name them, instead of stopping")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
+    p.add_argument("--save-minutes", type=float, default=10, help="minutes after which one is written within an epoch")
+    p.add_argument("--max-bad-steps", type=int, default=20,
+                   help="steps in a row left out for a loss or gradient that is not finite, before the run goes back to "
+                        "the last good checkpoint; the second time it stops")
     argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
     argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
     args = p.parse_args(argv)
@@ -97,7 +104,8 @@ def setup(seed):
 
     def on_signal(number, frame):
         stop.fill_(1)
-    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # a second one of its kind ends the process at once
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: Slurm's --signal, ahead of the time limit
         signal.signal(s, on_signal)
     return rank, world, device, stop
 
@@ -110,46 +118,95 @@ def any_rank(flag):
     return bool(flag.item())
 
 
-def open_loader(path, batch_size, train, preload=False, **kwargs):
-    """ESSLLoader for a file, FolderLoader for a folder; preload reads a file into the page cache, once a machine."""
-    loader = (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
-    if preload and not Path(path).is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        with tqdm(desc=f"preload {path}", total=loader.reader.size, unit="B", unit_scale=True) as bar:
-            for size in loader.reader.preload():
-                bar.update(size)
-    return loader
+def guarded_step(optimizer, loss, statistics=()):
+    """optimizer.step(), left out on all ranks where the loss or a gradient is not finite on one; never waits for a GPU.
+
+    optimizer: heeds `found_inf`, as fused AdamW does. statistics: pairs (buffer, its value before the step), put back
+    then. Returns 1.0 if the step was left out, else 0.0, on the device.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    bad = 1 - (loss.detach() + nn.utils.get_total_norm(grads)).isfinite().float()
+    if dist.is_initialized():
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    optimizer.found_inf = bad
+    optimizer.step()
+    for buffer, before in statistics:
+        buffer.copy_(torch.where(bad > 0, before, buffer))
+    optimizer.zero_grad(set_to_none=True)
+    return bad
 
 
-def save(state, path):
-    """Writes a checkpoint aside and renames it: `path` is always a whole checkpoint."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+class BadSteps:
+    """Counts the steps that guarded_step left out: in all, in a row up to now, and the longest row since it was read."""
+
+    def __init__(self, device):
+        self.counts = torch.zeros(3, device=device)
+
+    def add(self, bad):
+        row = (self.counts[1] + 1) * bad
+        self.counts = torch.stack([self.counts[0] + bad, row, torch.maximum(self.counts[2], row)])
+
+    def read(self):
+        found = [int(n) for n in self.counts.tolist()]
+        self.counts[2] = self.counts[1]
+        return found
 
 
-class RunLog:
-    """log.jsonl and TensorBoard events of rank 0; a resumed run drops the lines after the step it resumes from."""
+class RunFolder:
+    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, the training goes
+    on; it is said, the log's lines wait for the next time, and end() makes the exit code 1.
+
+    A resumed run drops the log's lines after the step that it resumes from.
+    """
 
     def __init__(self, folder, step):
-        path = folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if step and path.is_file() else []
+        self.folder, self.path, self.waiting, self.failed = folder, folder / "log.jsonl", b"", []
+        lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
         aside = folder / ".log.jsonl.tmp"
-        aside.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        os.replace(aside, path)
-        self.file, self.board = open(path, "a", buffering=1), SummaryWriter(folder, purge_step=step)
+        aside.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+        os.replace(aside, self.path)
+        self.board = SummaryWriter(folder, purge_step=step)
+
+    def attempt(self, what, write, *args):
+        """write(*args), or False and a line about it where that fails; torch.save makes a RuntimeError of a full disk."""
+        try:
+            write(*args)
+        except (OSError, RuntimeError) as e:
+            self.failed.append(what)
+            tqdm.write(f"{self.folder / what} could not be written ({e}): the training goes on", file=sys.stderr)
+            return False
+        return True
 
     def write(self, step, **values):
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        self.attempt("log.jsonl", self._append)
+        if self.board and not self.attempt("TensorBoard events", self._plot, step, values):
+            self.board = None  # its writing thread has ended
+
+    def _append(self):
+        with open(self.path, "ab", buffering=0) as f:
+            before = f.tell()
+            if f.write(self.waiting) < len(self.waiting):
+                f.truncate(before)  # no half lines
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.waiting = b""
+
+    def _plot(self, step, values):
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
+
+    def save(self, state, name):
+        """Whether the checkpoint was written; last.pt's predecessor stays as previous.pt."""
+        keep = self.folder / "previous.pt" if name == "last.pt" else None
+        return self.attempt(name, save_checkpoint, state, self.folder / name, keep)
+
+    def end(self):
+        if self.board:
+            self.attempt("TensorBoard events", self.board.close)
+        if self.failed:
+            raise SystemExit(f"{len(self.failed)} times this run could not write to {self.folder}: "
+                             f"{', '.join(dict.fromkeys(self.failed))}. What is there is whole but may be old.")
 # --- end setup
 
 
@@ -268,7 +325,7 @@ def main(args):
 
     # --- weights: of the run to go on with, else of the pretrained encoder
     last = folder / "last.pt"
-    source = {"auto": last if last.is_file() else None, "none": None}.get(args.resume, Path(args.resume))
+    source = find_checkpoint(folder, args.resume, say)
     begin = source or (None if args.finetune == "none" or args.eval else args.finetune)
     if args.eval and not source:
         raise SystemExit(f"--eval needs a finetuned checkpoint: --resume CHECKPOINT, or a run that left {last}")
@@ -278,12 +335,13 @@ def main(args):
     vit, size = vit_settings(args.model, found, begin), args.input_size or found.get("img_size", 224)
 
     # --- data
-    shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device)
+    shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device,
+                  skip_bad=args.skip_bad)
     vals = [open_loader(path, args.batch_size, False, **shared) for path in args.val_data]
     if args.eval:
         model = ViT(vit, size, len(weights["head.weight"])).to(device)
         load_encoder(model, weights, source, fresh=())
-        for s in (signal.SIGTERM, signal.SIGINT):
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(s, signal.SIG_DFL)  # nothing to save: stop at once
         say(f"{source} {size} px\n| {'set':20} |  top-1 |  top-5 |       n |\n|{'-' * 22}|-------:|-------:|--------:|")
         for path, val in zip(args.val_data, vals):
@@ -329,8 +387,9 @@ def main(args):
         "mixup", "cutmix", "smoothing", "reprob", "total_batch", "seed")}
     settings.update(num_samples=loader.num_samples, classes=classes, **model.settings)
     whole = nn.ModuleDict({"model": model})  # gives the checkpoint's keys the prefix they have in pretraining's
-    step, best, top1 = 0, -1.0, None
-    if source:
+
+    def restore(source):
+        """Takes up a checkpoint -> step, best top-1."""
         state = torch.load(source, map_location=device, weights_only=True)
         theirs = state.get("settings", {})
         differ = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in settings.items() if theirs.get(k) != v]
@@ -340,101 +399,131 @@ def main(args):
         whole.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         loader.load_state_dict(state["loader"])
-        step, best = state["step"], state["best"]
+        return state["step"], state["best"]
+    step, best = restore(source) if source else (0, -1.0)
     if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "args.json").write_text(json.dumps({**vars(args), "world_size": world}, indent=1))
         except OSError as e:
             raise SystemExit(f"--output-dir {folder} cannot be written: {e.strerror}. Name a folder that can.")
-        log = RunLog(folder, step)
+        log = RunFolder(folder, step)
         bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
-    def checkpoint(name, step):
-        if rank == 0:
-            save({"modules": whole.state_dict(), "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
-                  "step": step, "epoch": step // steps_per_epoch, "best": best, "settings": settings,
-                  "model": model.settings, "classes": loader.classes}, folder / name)
+    def checkpoint(name):
+        """Whether it is written, on rank 0."""
+        return rank == 0 and log.save({
+            "modules": whole.state_dict(), "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
+            "step": step, "epoch": step // steps_per_epoch, "best": best, "settings": settings,
+            "model": model.settings, "classes": loader.classes}, name)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters from {begin or 'scratch'}, step {step}; "
         f"{loader.num_samples:,} pictures, {classes} classes; {world} x {args.batch_size} x {accum} = "
         f"{args.total_batch} a step, {steps_per_epoch} an epoch; {device.type}, {loader.num_workers} loader threads")
 
     # --- train
-    total, seen, waited, clock = torch.zeros((), device=device), 0, 0.0, time.time()
-    for epoch in range(step // steps_per_epoch, args.epochs):
-        stage, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs, FINETUNE_STAGES,
-                                                size, vit["patch_size"])
-        aug = "rand" if args.aug == "rand" else aug
-        loader.set_stage(res=res, scale=(low ** 2, high ** 2))
-        batches = iter(loader)
-        for step in range(step, (epoch + 1) * steps_per_epoch):
-            lr = lr_at(step, steps, warmup, peak_lr, MIN_LR)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            seed_step(args.seed, step, rank)
-            for micro in range(accum):
-                t = time.time()
-                images, labels = next(batches)
-                waited += time.time() - t
-                if aug != "rand":
-                    images = three_augment(images, torch.default_generator)
-                if aug == "3aug+":
-                    images = color_jitter(images, torch.default_generator)
-                images = erase(model.normalize(images))
-                images, targets = mixup(images, labels) if mixup else (images, labels)  # soft (B, classes), or (B,)
-                with nullcontext() if world == 1 or micro == accum - 1 else wrapped.no_sync():
-                    with autocast:
-                        logits = train_step(images)
-                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else args.smoothing)
-                    (loss / accum).backward()
-                total += loss.detach() / accum
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seen += args.total_batch
+    total, seen, waited, clock, top1 = torch.zeros((), device=device), 0, 0.0, time.time(), None
+    bad_steps, went_back, left_out, saved_at, batches = BadSteps(device), False, 0, time.time(), None
+    while step < steps:
+        epoch = step // steps_per_epoch
+        if batches is None:  # an epoch begins, or one is gone on with
+            stage, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs, FINETUNE_STAGES,
+                                                    size, vit["patch_size"])
+            aug = "rand" if args.aug == "rand" else aug
+            loader.set_stage(res=res, scale=(low ** 2, high ** 2))
+            batches = iter(loader)
+        lr = lr_at(step, steps, warmup, peak_lr, MIN_LR)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        seed_step(args.seed, step, rank)
+        step_loss = torch.zeros((), device=device)
+        for micro in range(accum):
+            t = time.time()
+            images, labels = next(batches)
+            waited += time.time() - t
+            if aug != "rand":
+                images = three_augment(images, torch.default_generator)
+            if aug == "3aug+":
+                images = color_jitter(images, torch.default_generator)
+            images = erase(model.normalize(images))
+            images, targets = mixup(images, labels) if mixup else (images, labels)  # soft (B, classes), or (B,)
+            with nullcontext() if world == 1 or micro == accum - 1 else wrapped.no_sync():
+                with autocast:
+                    logits = train_step(images)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else args.smoothing)
+                (loss / accum).backward()
+            step_loss += loss.detach() / accum
+        bad_steps.add(bad := guarded_step(optimizer, step_loss))
+        total += torch.where(bad > 0, 0, step_loss)
+        seen += args.total_batch
+        step += 1
+        if rank == 0:
+            bar.update()
 
-            # --- log, evaluate, stop
-            done, epoch_ends, stopping = step + 1, (step + 1) % steps_per_epoch == 0, any_rank(stop)
-            if epoch_ends or stopping or done % 50 == 0:
-                if world > 1:
-                    dist.all_reduce(total)
-                mean_loss, elapsed = total.item() / (seen // args.total_batch) / world, time.time() - clock
-                if not math.isfinite(mean_loss):
-                    raise SystemExit(f"the loss is {mean_loss} at step {done} (epoch {epoch}, lr {lr:.2e}). {last} is "
-                                     "of the last good epoch; try a lower --blr or a longer --warmup-epochs")
-                values = dict(epoch=epoch, stage=stage + 1, loss=mean_loss, lr=lr, res=res, img_s=seen / elapsed,
-                              data_wait=waited / elapsed)
-                if device.type == "cuda":
-                    values["mem"] = torch.cuda.max_memory_allocated() / 2 ** 30  # GiB
-                if epoch_ends:
-                    top1, top5, n = evaluate(model, val, autocast, device)
-                    values.update(top1=top1, top5=top5)
-                    say(f"epoch {epoch}, stage {stage + 1}, {res} px, {aug}: loss {mean_loss:.4f}, top-1 {top1:.2f} %, "
-                        f"top-5 {top5:.2f} %, {seen / elapsed:.0f} images/s, {waited / elapsed:.1%} waiting")
-                if rank == 0:
-                    log.write(done, **values)
-                    bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{seen / elapsed:.0f}")
-                total.zero_()
-                seen, waited, clock = 0, 0.0, time.time()
+        # --- log, evaluate
+        epoch_ends, stopping = step % steps_per_epoch == 0, any_rank(stop)
+        if epoch_ends or stopping or step % 50 == 0:
+            if world > 1:
+                dist.all_reduce(total)
+            before, (left_out, row, longest) = left_out, bad_steps.read()
+            count, elapsed = seen // args.total_batch - (left_out - before), time.time() - clock
+            mean_loss = total.item() / count / world if count else None
+            loss_text = f"{mean_loss:.4f}" if count else "not finite"
+            values = dict(epoch=epoch, stage=stage + 1, loss=mean_loss, lr=lr, res=res, img_s=seen / elapsed,
+                          data_wait=waited / elapsed, bad_steps=left_out)
+            if device.type == "cuda":
+                values["mem"] = torch.cuda.max_memory_allocated() / 2 ** 30  # GiB
+            if args.skip_bad and (found := loader.new_bad_samples()):
+                values["bad_samples"] = found
+                say(f"damaged samples, replaced: {found}")
+            if epoch_ends:
+                top1, top5, n = evaluate(model, val, autocast, device)
+                values.update(top1=top1, top5=top5)
+                say(f"epoch {epoch}, stage {stage + 1}, {res} px, {aug}: loss {loss_text}, top-1 {top1:.2f} %, "
+                    f"top-5 {top5:.2f} %, {seen / elapsed:.0f} images/s, {waited / elapsed:.1%} waiting"
+                    + (f", {left_out} steps left out" if left_out else ""))
             if rank == 0:
-                bar.update()
-            if stopping and not epoch_ends:
-                break
-        batches.close()
+                log.write(step, **values)
+                bar.set_postfix(loss=loss_text, img_s=f"{seen / elapsed:.0f}")
+            total.zero_()
+            seen, waited, clock = 0, 0.0, time.time()
+            if longest >= args.max_bad_steps:
+                found = (f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite (epoch "
+                         f"{epoch}, lr {lr:.2e}, {left_out} such steps in all)")
+                good = find_checkpoint(folder, "auto", say)
+                if went_back or good is None:
+                    raise SystemExit(f"{found}{', again' * went_back}; {good or 'no checkpoint'} is the last good one. "
+                                     "Try a lower --blr or a longer --warmup-epochs")
+                batches.close()
+                (step, best), batches, went_back = restore(good), None, True
+                bad_steps, left_out = BadSteps(device), 0
+                say(f"{found}: going back to {good}, step {step}; the next time the run stops")
+                if rank == 0:
+                    log.write(step, went_back=found)
+                    bar.update(step - bar.n)
+                continue
+
+        # --- save, stop
         if epoch_ends:
+            batches.close()
+            batches = None
             loader.set_epoch(epoch + 1)  # what the checkpoints below resume with
-        if epoch_ends and top1 > best:
-            best = top1
-            checkpoint("best.pt", done)
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs or stopping:
-            checkpoint("last.pt", done)
-        if stopping and done < steps:
-            raise SystemExit(f"stopped by a signal at step {done}; {last} is written: the same command goes on there")
-        step = done
+            if top1 > best:
+                best = top1
+                checkpoint("best.pt")
+        due = (epoch + 1) % args.save_every == 0 if epoch_ends else time.time() - saved_at > 60 * args.save_minutes
+        if stopping or step == steps or (due and rank == 0 and not bad_steps.counts[1]):  # not in a row of bad steps
+            written = checkpoint("last.pt")
+            saved_at = time.time()
+        if stopping and step < steps:
+            raise SystemExit(f"stopped by a signal at step {step}; {last} is " + (
+                "written: the same command goes on there" if written or rank else "not, see above"))
     if top1 is None:  # a finished run: nothing was left to do
         top1, top5, n = evaluate(model, val, autocast, device)
     hours = f"{int(time.time() - start) // 3600}:{time.strftime('%M:%S', time.gmtime(time.time() - start))}"
     say(f"done: {args.epochs} epochs, top-1 {top1:.2f} %, top-5 {top5:.2f} % of {n} pictures (best {best:.2f} %), "
         f"{hours} h, {last}")
+    if rank == 0:
+        log.end()
 
 
 if __name__ == "__main__":

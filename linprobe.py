@@ -9,6 +9,7 @@ The last line is the result:
     done: linear probe on cls features, 90 epochs, top-1 92.00 %, top-5 99.50 % of 200 pictures, 0:01:05 h
 """
 import argparse
+import errno
 import json
 import math
 import os
@@ -27,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from essl_loader import DataError, ESSLLoader, FolderLoader
-from models_mae import VIT_SIZES, ViT, WeightsError, load_encoder, read_weights, vit_settings
+from essl_loader import DataError, ESSLLoader, open_loader
+from models_mae import (VIT_SIZES, ViT, WeightsError, find_checkpoint, load_encoder, read_weights, save_checkpoint,
+                        vit_settings)
 from schedules import lr_at
 
 
@@ -54,11 +56,16 @@ def get_args(argv=None):
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
+    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples, and name them, instead of stopping")
+    p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
+    p.add_argument("--save-minutes", type=float, default=10, help="minutes after which one is written within an epoch")
+    p.add_argument("--max-bad-steps", type=int, default=20,
+                   help="steps in a row left out for a loss or gradient that is not finite, before the run stops")
     argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
     argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
     args = p.parse_args(argv)
-    if args.epochs < 1 or args.batch_size < 1:
-        p.error("--epochs and --batch-size must be at least 1")
+    if args.epochs < 1 or args.batch_size < 1 or args.save_every < 1:
+        p.error("--epochs, --batch-size and --save-every must be at least 1")
     return args
 
 
@@ -78,7 +85,8 @@ def setup(seed):
 
     def on_signal(number, frame):
         stop.fill_(1)
-    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # a second one of its kind ends the process at once
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: Slurm's --signal, ahead of the time limit
         signal.signal(s, on_signal)
     return rank, world, device, stop
 
@@ -91,46 +99,95 @@ def any_rank(flag):
     return bool(flag.item())
 
 
-def open_loader(path, batch_size, train, preload=False, **kwargs):
-    """ESSLLoader for a file, FolderLoader for a folder; preload reads a file into the page cache, once a machine."""
-    loader = (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
-    if preload and not Path(path).is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        with tqdm(desc=f"preload {path}", total=loader.reader.size, unit="B", unit_scale=True) as bar:
-            for size in loader.reader.preload():
-                bar.update(size)
-    return loader
+def guarded_step(optimizer, loss, statistics=()):
+    """optimizer.step(), left out on all ranks where the loss or a gradient is not finite on one; never waits for a GPU.
+
+    optimizer: heeds `found_inf`, as fused AdamW does. statistics: pairs (buffer, its value before the step), put back
+    then. Returns 1.0 if the step was left out, else 0.0, on the device.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    bad = 1 - (loss.detach() + nn.utils.get_total_norm(grads)).isfinite().float()
+    if dist.is_initialized():
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    optimizer.found_inf = bad
+    optimizer.step()
+    for buffer, before in statistics:
+        buffer.copy_(torch.where(bad > 0, before, buffer))
+    optimizer.zero_grad(set_to_none=True)
+    return bad
 
 
-def save(state, path):
-    """Writes a checkpoint aside and renames it: `path` is always a whole checkpoint."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+class BadSteps:
+    """Counts the steps that guarded_step left out: in all, in a row up to now, and the longest row since it was read."""
+
+    def __init__(self, device):
+        self.counts = torch.zeros(3, device=device)
+
+    def add(self, bad):
+        row = (self.counts[1] + 1) * bad
+        self.counts = torch.stack([self.counts[0] + bad, row, torch.maximum(self.counts[2], row)])
+
+    def read(self):
+        found = [int(n) for n in self.counts.tolist()]
+        self.counts[2] = self.counts[1]
+        return found
 
 
-class RunLog:
-    """log.jsonl and TensorBoard events of rank 0; a resumed run drops the lines after the step it resumes from."""
+class RunFolder:
+    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, the training goes
+    on; it is said, the log's lines wait for the next time, and end() makes the exit code 1.
+
+    A resumed run drops the log's lines after the step that it resumes from.
+    """
 
     def __init__(self, folder, step):
-        path = folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if step and path.is_file() else []
+        self.folder, self.path, self.waiting, self.failed = folder, folder / "log.jsonl", b"", []
+        lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
         aside = folder / ".log.jsonl.tmp"
-        aside.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        os.replace(aside, path)
-        self.file, self.board = open(path, "a", buffering=1), SummaryWriter(folder, purge_step=step)
+        aside.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+        os.replace(aside, self.path)
+        self.board = SummaryWriter(folder, purge_step=step)
+
+    def attempt(self, what, write, *args):
+        """write(*args), or False and a line about it where that fails; torch.save makes a RuntimeError of a full disk."""
+        try:
+            write(*args)
+        except (OSError, RuntimeError) as e:
+            self.failed.append(what)
+            tqdm.write(f"{self.folder / what} could not be written ({e}): the training goes on", file=sys.stderr)
+            return False
+        return True
 
     def write(self, step, **values):
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        self.attempt("log.jsonl", self._append)
+        if self.board and not self.attempt("TensorBoard events", self._plot, step, values):
+            self.board = None  # its writing thread has ended
+
+    def _append(self):
+        with open(self.path, "ab", buffering=0) as f:
+            before = f.tell()
+            if f.write(self.waiting) < len(self.waiting):
+                f.truncate(before)  # no half lines
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.waiting = b""
+
+    def _plot(self, step, values):
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
+
+    def save(self, state, name):
+        """Whether the checkpoint was written; last.pt's predecessor stays as previous.pt."""
+        keep = self.folder / "previous.pt" if name == "last.pt" else None
+        return self.attempt(name, save_checkpoint, state, self.folder / name, keep)
+
+    def end(self):
+        if self.board:
+            self.attempt("TensorBoard events", self.board.close)
+        if self.failed:
+            raise SystemExit(f"{len(self.failed)} times this run could not write to {self.folder}: "
+                             f"{', '.join(dict.fromkeys(self.failed))}. What is there is whole but may be old.")
 # --- end setup
 
 
@@ -142,9 +199,12 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+        self.found_inf = False
 
     @torch.no_grad()
     def step(self):
+        if self.found_inf:  # waits for the device: a step is long here, and the encoder frozen
+            return
         for group in self.param_groups:
             for p in group["params"]:
                 update = p.grad
@@ -169,6 +229,8 @@ def store_features(model, loader, path, autocast, told, say):
         if loader.rank == 0:
             note.unlink(missing_ok=True)
             np.lib.format.open_memmap(path, "w+", np.float16, (loader.num_samples, model.embed_dim)).flush()
+            with open(path, "r+b") as f:  # a full disk would kill the one who writes to the map
+                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
         any_rank(torch.zeros(1))  # waits for all
         rows, at = np.load(path, mmap_mode="r+"), loader.rank
         for features, _ in tqdm(encoded(model, loader, autocast), path.name, len(loader), disable=loader.rank > 0):
@@ -230,9 +292,8 @@ def knn_scores(bank, bank_labels, classes, k=20, temperature=0.07):
 
 def main(args):
     start, folder = time.time(), Path(args.output_dir)
-    rank, world, device, _ = setup(args.seed)
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, signal.SIG_DFL)  # an epoch is short and its checkpoint whole: nothing to save on the way
+    rank, world, device, stop = setup(args.seed)
+    handlers = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
     def say(text):
@@ -250,7 +311,8 @@ def main(args):
 
     # --- data
     stored = args.cached or args.knn
-    shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device)
+    shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device,
+                  skip_bad=args.skip_bad)
     # The published crop tries one box and clips it; ours tries up to ten and takes the centre, of the same area range
     loader = open_loader(args.data, args.batch_size, not stored, args.preload, scale=(0.08, 1.0), **shared)
     val = open_loader(args.val_data, args.batch_size, False, **shared)
@@ -306,13 +368,13 @@ def main(args):
         wrapped = DistributedDataParallel(head, device_ids=[device] if device.type == "cuda" else None)
     optimizer = LARS(head.parameters(), weight_decay=args.weight_decay)
 
-    # --- resume: from the end of an epoch, which is seconds to minutes
+    # --- resume
     last = folder / "last.pt"
-    source = {"auto": last if last.is_file() else None, "none": None}.get(args.resume, Path(args.resume))
+    source = find_checkpoint(folder, args.resume, say)
     settings = {k: getattr(args, k) for k in ("checkpoint", "cached", "pool", "epochs", "warmup_epochs", "blr",
                                               "weight_decay", "total_batch", "seed")}
     settings.update(num_samples=loader.num_samples, classes=classes, size=size, **vit)
-    done, top1 = 0, None
+    step, top1, top5, n = 0, None, None, None
     if source:
         try:
             state = torch.load(source, map_location=device, weights_only=True)
@@ -325,44 +387,81 @@ def main(args):
                              "another --output-dir, or --resume none to start over in this one.")
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
-        done, top1, top5, n = state["epoch"], *state["result"]
-    log = RunLog(folder, done * steps_per_epoch) if rank == 0 else None
+        step, (top1, top5, n) = state["step"], state["result"]
+    log = RunFolder(folder, step) if rank == 0 else None
+
+    def checkpoint():
+        """Whether it is written, on rank 0."""
+        return rank == 0 and log.save({"head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                       "result": [top1, top5, n], "settings": settings, "model": model.settings},
+                                      "last.pt")
 
     # --- train
-    for epoch in range(done, args.epochs):
-        clock, total = time.time(), torch.zeros((), device=device)
-        loader.set_epoch(epoch)
-        order = np.random.default_rng([args.seed, epoch]).permutation(loader.num_samples)
-        order = order[:len(order) // world * world][rank::world]
-        batches = (stored_batches(bank, labels, order, args.batch_size, device) if stored
-                   else encoded(model, loader, autocast))
-        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            optimizer.param_groups[0]["lr"] = lr = lr_at(step, steps, warmup, args.blr * args.total_batch / 256)
-            for micro in range(accum):
-                features, targets = next(batches)
-                with nullcontext() if world == 1 or micro == accum - 1 else wrapped.no_sync():
-                    loss = F.cross_entropy(wrapped(features), targets)
-                    (loss / accum).backward()
-                total += loss.detach() / accum
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        batches.close()
-        head.eval()
-        top1, top5, n = accuracy(head, val_batches(), device)
-        head.train()
-        if world > 1:
-            dist.all_reduce(total)
-        values = dict(epoch=epoch, loss=total.item() / steps_per_epoch / world, lr=lr, top1=top1, top5=top5,
-                      img_s=steps_per_epoch * args.total_batch / (time.time() - clock))
-        if not math.isfinite(values["loss"]):
-            raise SystemExit(f"the loss is {values['loss']} in epoch {epoch}: try a lower --blr")
-        say(f"epoch {epoch} loss {values['loss']:.4f}, top-1 {top1:.2f} %, {values['img_s']:.0f} images/s")
-        if rank == 0:
-            log.write((epoch + 1) * steps_per_epoch, **values)
-            save({"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
-                  "result": [top1, top5, n], "settings": settings, "model": model.settings}, last)
+    for s, handler in handlers.items():  # until here there was nothing to save
+        signal.signal(s, handler)
+    total, clock, seen, saved_at, batches = torch.zeros((), device=device), time.time(), 0, time.time(), None
+    bad_steps, left_out = BadSteps(device), 0
+    while step < steps:
+        epoch, at = step // steps_per_epoch, step % steps_per_epoch * accum * args.batch_size  # pictures, on this rank
+        if batches is None:  # an epoch begins, or one is gone on with
+            if stored:
+                order = np.random.default_rng([args.seed, epoch]).permutation(loader.num_samples)
+                order = order[:len(order) // world * world][rank::world]
+                batches = stored_batches(bank, labels, order[at:], args.batch_size, device)
+            else:
+                loader.set_epoch(epoch)
+                loader.load_state_dict({**loader.state_dict(), "samples": at * world})
+                batches = encoded(model, loader, autocast)
+        optimizer.param_groups[0]["lr"] = lr = lr_at(step, steps, warmup, args.blr * args.total_batch / 256)
+        before, step_loss = [(b, b.clone()) for b in head.buffers()], torch.zeros((), device=device)
+        for micro in range(accum):
+            features, targets = next(batches)
+            with nullcontext() if world == 1 or micro == accum - 1 else wrapped.no_sync():
+                loss = F.cross_entropy(wrapped(features), targets)
+                (loss / accum).backward()
+            step_loss += loss.detach() / accum
+        bad_steps.add(bad := guarded_step(optimizer, step_loss, before))
+        total += torch.where(bad > 0, 0, step_loss)
+        step, seen = step + 1, seen + 1
+
+        # --- measure, log
+        epoch_ends, stopping = step % steps_per_epoch == 0, any_rank(stop)
+        if epoch_ends:
+            batches.close()
+            batches = None
+            head.eval()
+            top1, top5, n = accuracy(head, val_batches(), device)
+            head.train()
+            if world > 1:
+                dist.all_reduce(total)
+            before, (left_out, _, longest) = left_out, bad_steps.read()
+            count = seen - (left_out - before)
+            values = dict(epoch=epoch, loss=total.item() / count / world if count else None, lr=lr, top1=top1,
+                          top5=top5, bad_steps=left_out, img_s=seen * args.total_batch / (time.time() - clock))
+            if args.skip_bad and (found := {**loader.new_bad_samples(), **val.new_bad_samples()}):
+                values["bad_samples"] = found
+                say(f"damaged samples, replaced: {found}")
+            say(f"epoch {epoch} loss {values['loss'] or math.nan:.4f}, top-1 {top1:.2f} %, {values['img_s']:.0f} images/s"
+                + (f", {left_out} steps left out" if left_out else ""))
+            if rank == 0:
+                log.write(step, **values)
+            if longest >= args.max_bad_steps:
+                raise SystemExit(f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite "
+                                 f"({left_out} such steps in all). The encoder is frozen: try a lower --blr")
+            total.zero_()
+            seen, clock = 0, time.time()
+
+        # --- save, stop
+        due = (epoch + 1) % args.save_every == 0 if epoch_ends else time.time() - saved_at > 60 * args.save_minutes
+        if stopping or step == steps or due:
+            written, saved_at = checkpoint(), time.time()
+        if stopping and step < steps:
+            raise SystemExit(f"stopped by a signal at step {step}; {last} is " + (
+                "written: the same command goes on there" if written or rank else "not, see above"))
     say(f"done: linear probe on {args.pool} features, {args.epochs} epochs, top-1 {top1:.2f} %, top-5 {top5:.2f} % of "
         f"{n} pictures, {time.strftime('%H:%M:%S', time.gmtime(time.time() - start))} h")
+    if rank == 0:
+        log.end()
 
 
 if __name__ == "__main__":

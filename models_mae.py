@@ -4,8 +4,11 @@ MAE (He et al., arXiv 2111.06377) with the official parameter names, so that off
 Shapes: B images, L patches, K kept, D width, P = p * p * 3 pixel values of a patch. Needs torch and timm.
 """
 import argparse
+import contextlib
 import json
 import math
+import os
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -340,6 +343,46 @@ def size_of(name):
 # --- weights in and out
 class WeightsError(ValueError):
     """What is wrong with a checkpoint, in words for the one who runs it."""
+
+
+def save_checkpoint(state, path, keep=None):
+    """Writes a checkpoint aside and renames it: `path` is always a whole one, and `keep` the one that it was before."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        zipfile.ZipFile(aside).close()  # its end can be read
+        if keep and path.is_file():
+            os.replace(path, keep)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def find_checkpoint(folder, resume, say):
+    """The checkpoint of --resume: of `auto`, the newest in the run's folder whose checksums hold, or None."""
+    if resume != "auto":
+        return None if resume == "none" else Path(resume)
+    damaged = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        try:
+            with zipfile.ZipFile(path) as z:
+                if not (wrong := z.testzip()):
+                    if damaged:
+                        say(f"{damaged[0]}: going on from the one before, {path}")
+                    return path
+        except FileNotFoundError:
+            continue
+        except Exception as e:  # a damaged file can raise anything
+            wrong = e
+        damaged.append(f"{path} is damaged ({wrong})")
+    if damaged:
+        raise WeightsError(f"{'; '.join(damaged)}. Name another --resume CHECKPOINT, or start anew: --resume none")
+    return None
 
 
 # ViTMAEForPreTraining's names -> the official ones, in this order; its decoder is not read

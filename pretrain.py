@@ -5,12 +5,13 @@
     python pretrain.py --plan --hours 24                               # what fits into a day on this machine?
     python pretrain.py --bench                                         # images/s and MFU of each stage, to bench.json
 
-A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt, a milestone checkpoint per stage, recon_*.png.
-Run the same command again and it goes on where it stopped. The last line is the result:
+A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt, previous.pt, a milestone checkpoint per stage,
+recon_*.png. Run the same command again and it goes on where it stopped. The last line is the result:
     done: 24 epochs, loss 1.373 -> 0.401, probe top-1 88.0 %, 0:02:00 h, runs/demo/last.pt
 """
 import argparse
 import copy
+import errno
 import itertools
 import json
 import math
@@ -32,7 +33,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import models_mae
-from essl_loader import DataError, ESSLLoader, FolderLoader
+from essl_loader import DataError, open_loader
+from models_mae import WeightsError, find_checkpoint, save_checkpoint
 from schedules import PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_STAGES, lr_at, stage_at, stage_starts
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo", input_size=64,
@@ -69,7 +71,12 @@ def get_args(argv=None):
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
+    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples, and name them, instead of stopping")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
+    p.add_argument("--save-minutes", type=float, default=10, help="minutes after which one is written within an epoch")
+    p.add_argument("--max-bad-steps", type=int, default=20,
+                   help="steps in a row left out for a loss or gradient that is not finite, before the run goes back to "
+                        "the last good checkpoint; the second time it stops")
     p.add_argument("--viz-every", type=int, default=20, help="epochs between reconstruction pictures; also at the end")
     p.add_argument("--bench", action="store_true", help="only measure the scheme's stages, next to a plain eager model")
     p.add_argument("--plan", action="store_true", help="only measure, and say how long every scheme would take here")
@@ -105,7 +112,8 @@ def setup(seed):
 
     def on_signal(number, frame):
         stop.fill_(1)
-    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # a second one of its kind ends the process at once
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: Slurm's --signal, ahead of the time limit
         signal.signal(s, on_signal)
     return rank, world, device, stop
 
@@ -118,46 +126,95 @@ def any_rank(flag):
     return bool(flag.item())
 
 
-def open_loader(path, batch_size, train, preload=False, **kwargs):
-    """ESSLLoader for a file, FolderLoader for a folder; preload reads a file into the page cache, once a machine."""
-    loader = (FolderLoader if Path(path).is_dir() else ESSLLoader)(path, batch_size, train, **kwargs)
-    if preload and not Path(path).is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        with tqdm(desc=f"preload {path}", total=loader.reader.size, unit="B", unit_scale=True) as bar:
-            for size in loader.reader.preload():
-                bar.update(size)
-    return loader
+def guarded_step(optimizer, loss, statistics=()):
+    """optimizer.step(), left out on all ranks where the loss or a gradient is not finite on one; never waits for a GPU.
+
+    optimizer: heeds `found_inf`, as fused AdamW does. statistics: pairs (buffer, its value before the step), put back
+    then. Returns 1.0 if the step was left out, else 0.0, on the device.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    bad = 1 - (loss.detach() + nn.utils.get_total_norm(grads)).isfinite().float()
+    if dist.is_initialized():
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    optimizer.found_inf = bad
+    optimizer.step()
+    for buffer, before in statistics:
+        buffer.copy_(torch.where(bad > 0, before, buffer))
+    optimizer.zero_grad(set_to_none=True)
+    return bad
 
 
-def save(state, path):
-    """Writes a checkpoint aside and renames it: `path` is always a whole checkpoint."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+class BadSteps:
+    """Counts the steps that guarded_step left out: in all, in a row up to now, and the longest row since it was read."""
+
+    def __init__(self, device):
+        self.counts = torch.zeros(3, device=device)
+
+    def add(self, bad):
+        row = (self.counts[1] + 1) * bad
+        self.counts = torch.stack([self.counts[0] + bad, row, torch.maximum(self.counts[2], row)])
+
+    def read(self):
+        found = [int(n) for n in self.counts.tolist()]
+        self.counts[2] = self.counts[1]
+        return found
 
 
-class RunLog:
-    """log.jsonl and TensorBoard events of rank 0; a resumed run drops the lines after the step it resumes from."""
+class RunFolder:
+    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, the training goes
+    on; it is said, the log's lines wait for the next time, and end() makes the exit code 1.
+
+    A resumed run drops the log's lines after the step that it resumes from.
+    """
 
     def __init__(self, folder, step):
-        path = folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if step and path.is_file() else []
+        self.folder, self.path, self.waiting, self.failed = folder, folder / "log.jsonl", b"", []
+        lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
         aside = folder / ".log.jsonl.tmp"
-        aside.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        os.replace(aside, path)
-        self.file, self.board = open(path, "a", buffering=1), SummaryWriter(folder, purge_step=step)
+        aside.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+        os.replace(aside, self.path)
+        self.board = SummaryWriter(folder, purge_step=step)
+
+    def attempt(self, what, write, *args):
+        """write(*args), or False and a line about it where that fails; torch.save makes a RuntimeError of a full disk."""
+        try:
+            write(*args)
+        except (OSError, RuntimeError) as e:
+            self.failed.append(what)
+            tqdm.write(f"{self.folder / what} could not be written ({e}): the training goes on", file=sys.stderr)
+            return False
+        return True
 
     def write(self, step, **values):
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        self.attempt("log.jsonl", self._append)
+        if self.board and not self.attempt("TensorBoard events", self._plot, step, values):
+            self.board = None  # its writing thread has ended
+
+    def _append(self):
+        with open(self.path, "ab", buffering=0) as f:
+            before = f.tell()
+            if f.write(self.waiting) < len(self.waiting):
+                f.truncate(before)  # no half lines
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.waiting = b""
+
+    def _plot(self, step, values):
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
+
+    def save(self, state, name):
+        """Whether the checkpoint was written; last.pt's predecessor stays as previous.pt."""
+        keep = self.folder / "previous.pt" if name == "last.pt" else None
+        return self.attempt(name, save_checkpoint, state, self.folder / name, keep)
+
+    def end(self):
+        if self.board:
+            self.attempt("TensorBoard events", self.board.close)
+        if self.failed:
+            raise SystemExit(f"{len(self.failed)} times this run could not write to {self.folder}: "
+                             f"{', '.join(dict.fromkeys(self.failed))}. What is there is whole but may be old.")
 # --- end setup
 
 
@@ -194,9 +251,11 @@ def mask_noise(rng, seed, step, shape, rank):
     return torch.rand(shape, device=rng.device, generator=rng.manual_seed(seed * 1_000_003 + step))[:, :, rank]
 
 
-def take_step(train_step, optimizer, scaler, autocast, batches, noise, mask_ratio):
-    """One step over the micro-batches of noise (accum, B, L) -> loss, on the device, and seconds waited for data."""
+def take_step(train_step, optimizer, scaler, autocast, statistics, batches, noise, mask_ratio):
+    """One step over the micro-batches of noise (accum, B, L) -> loss, whether it was left out (1.0 or 0.0), both on the
+    device, and seconds waited for data. scaler: only the eager reference's. statistics: buffers that a step changes."""
     total, waited, no_sync = 0.0, 0.0, getattr(train_step, "no_sync", nullcontext)  # DDP's: gradients meet once
+    before = [(b, b.clone()) for b in statistics]
     for micro in range(len(noise)):
         t = time.time()
         images, labels = next(batches)
@@ -204,12 +263,15 @@ def take_step(train_step, optimizer, scaler, autocast, batches, noise, mask_rati
         with nullcontext() if micro == len(noise) - 1 else no_sync():
             with autocast:
                 loss, probe_loss = train_step(images, labels, mask_ratio, noise[micro])
-            scaler.scale((loss + probe_loss) / len(noise)).backward()
+            loss_share = (loss + probe_loss) / len(noise)
+            (scaler.scale(loss_share) if scaler else loss_share).backward()
         total = total + loss.detach() / len(noise)
+    if not scaler:
+        return total, guarded_step(optimizer, total, before), waited
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, waited
+    return total, torch.zeros_like(total), waited
 
 
 def warm_up(train_step, stages, batch_size, patch_size, world, autocast, device):
@@ -229,18 +291,30 @@ def warm_up(train_step, stages, batch_size, patch_size, world, autocast, device)
 
 @torch.no_grad()
 def probe_accuracy(step_module, loader, autocast, device):
-    """The probe's top-1 in percent on held-out full pictures at the run's input size, over all ranks."""
+    """The probe's top-1 in percent on held-out full pictures at the run's input size, over all ranks.
+
+    A probe that learnt on masked features gets the full pictures' standardised by their own mean and variance: these
+    are not the masked ones', whose running values would cost it 5 to 15 points.
+    """
     step_module.eval()
-    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    found = []
     for images, labels in loader:
         with autocast:
-            features = step_module.model.features(images)
-        hits = step_module.head(features.float()).argmax(dim=1) == labels
-        counts += torch.stack([hits.sum(), torch.tensor(len(labels), device=device)])
+            found.append((step_module.model.features(images).double(), labels))
+    features, labels, (norm, linear) = *map(torch.cat, zip(*found)), step_module.head
+    sums = torch.stack([torch.ones_like(features[0]) * len(labels), features.sum(dim=0), features.square().sum(dim=0)])
     if dist.is_initialized():
-        dist.all_reduce(counts)
+        dist.all_reduce(sums)
+    n, mean = sums[0], sums[1] / sums[0]
+    statistics = (norm.running_mean, norm.running_var)
+    if step_module.probe == "masked":
+        statistics = mean.float(), (sums[2] / n - mean.square()).float()
+    hits = linear(F.batch_norm(features.float(), *statistics, norm.weight, norm.bias)).argmax(dim=1) == labels
+    hits = hits.sum().double()
+    if dist.is_initialized():
+        dist.all_reduce(hits)
     step_module.train()
-    return 100 * (counts[0] / counts[1]).item()
+    return 100 * (hits / n[0]).item()
 
 
 @torch.no_grad()
@@ -281,7 +355,7 @@ def measure(step, count, device):
         cuda.synchronize(device)
         cuda.reset_peak_memory_stats(device)
     clock = time.time()
-    waited = sum(step()[1] for _ in range(count))
+    waited = sum(step()[2] for _ in range(count))
     if cuda:
         cuda.synchronize(device)
     seconds = time.time() - clock
@@ -317,6 +391,10 @@ def measure_stage(res, mask_ratio, count, loader, accum, patch_size, ours, plain
 def main(args):
     start = time.time()
     rank, world, device, stop = setup(args.seed)
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text)
     if args.demo and not (Path(args.data).exists() and Path(args.val_data).exists()) and rank == 0:
         subprocess.run([sys.executable, Path(__file__).with_name("build_beton.py"), "--demo"], check=True)
     if world > 1:
@@ -338,7 +416,8 @@ def main(args):
         raise SystemExit(f"--output-dir {folder} cannot be written: {e.strerror}. Name a folder that can.")
 
     # --- data
-    shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device)
+    shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world, device=device,
+                  skip_bad=args.skip_bad)
     loader = open_loader(args.data, args.batch_size, True, args.preload, res=args.input_size, scale=PRETRAIN["scale"],
                          **shared)
     classes = len(loader.classes or ()) or (int(loader.reader.labels.max()) + 1)
@@ -385,19 +464,21 @@ def main(args):
     # --- optimizer
     peak_lr = args.blr * args.total_batch / 256
     optimizer = adamw(step_module, args.weight_decay, fused=True)
-    ours = (train_step, optimizer, torch.amp.GradScaler(device.type, enabled=False), autocast)
+    ours = (train_step, optimizer, None, autocast, list(step_module.head.buffers()) if probe != "off" else [])
     if args.compile:
         warm_up(train_step, stages, args.batch_size, p, world, autocast, device)
 
     # --- bench and plan
     if args.bench or args.plan:
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(s, signal.SIG_DFL)  # nothing to save: stop at once
         plain, report = None, dict(hardware=hardware, torch=torch.__version__, loader_threads=loader.num_workers,
                                    peak_tflops=peak, args=vars(args), stages=[])
         if args.bench:  # as MAE is run elsewhere: eager, fp16 and its scaler, float pictures, the whole decoder
             twin, cuda = copy.deepcopy(step_module), device.type == "cuda"
             twin.decoder_keep = 1.0
             plain = (twin, adamw(twin, args.weight_decay), torch.amp.GradScaler(device.type, enabled=cuda),
-                     torch.autocast("cuda", torch.float16) if cuda else nullcontext())
+                     torch.autocast("cuda", torch.float16) if cuda else nullcontext(), [])
         print(f"{hardware}, {loader.num_workers} loader threads, torch {torch.__version__}: {args.model}, {accum} x "
               f"{args.batch_size} a step, decoder-keep {args.decoder_keep}, {'compiled' if args.compile else 'eager'}")
         for stage in stages:
@@ -419,7 +500,8 @@ def main(args):
                 probe_accuracy(step_module, val, autocast, device)
             probing = (time.time() - clock) / args.gpus * len(range(0, args.epochs, probe_every))
             clock = time.time()
-            save({"modules": step_module.state_dict(), "optimizer": optimizer.state_dict()}, folder / "plan.pt")
+            save_checkpoint({"modules": step_module.state_dict(), "optimizer": optimizer.state_dict()},
+                            folder / "plan.pt")
             (folder / "plan.pt").unlink()
             saving = (time.time() - clock) * (args.epochs // args.save_every)
             seconds = {(row["res"], row["mask_ratio"]): row["loader"]["seconds"] for row in report["stages"]}
@@ -437,12 +519,13 @@ def main(args):
 
     # --- resume
     last = folder / "last.pt"
-    source = {"auto": last if last.is_file() else None, "none": None}.get(args.resume, Path(args.resume))
+    source = find_checkpoint(folder, args.resume, say)
     settings = {k: getattr(args, k) for k in ("model", "input_size", "scheme", "mask_ratio", "epochs", "warmup_epochs",
                                               "blr", "weight_decay", "total_batch", "seed", "decoder_keep")}
     settings.update(stages=list(args.stages), probe=probe, num_samples=loader.num_samples, **model.settings)
-    step, position, first_loss = 0, None, None
-    if source:
+
+    def restore(source):
+        """Takes up a checkpoint -> step, position in the data, the run's first loss."""
         try:
             state = torch.load(source, map_location=device, weights_only=True)
             theirs = state["settings"]
@@ -455,105 +538,121 @@ def main(args):
                              "another --output-dir, or --resume none to start over in this one.")
         step_module.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
-        step, position, first_loss = state["step"], state["loader"], state["first_loss"]
+        return state["step"], state["loader"], state["first_loss"]
+    step, position, first_loss = restore(source) if source else (0, None, None)
     log = bar = None
     if rank == 0:
         (folder / "args.json").write_text(json.dumps({**vars(args), "world_size": world}, indent=1))
-        log = RunLog(folder, step)
+        log = RunFolder(folder, step)
         bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
-    def say(text):
-        if rank == 0:
-            tqdm.write(text)
-
     def checkpoint(name, step):
-        if rank == 0:
-            save({"modules": step_module.state_dict(), "optimizer": optimizer.state_dict(),
-                  "loader": loader.state_dict(), "step": step, "epoch": step // steps_per_epoch,
-                  "first_loss": first_loss, "settings": settings, "model": model.settings,
-                  "classes": loader.classes}, folder / name)
+        """Whether it is written, on rank 0."""
+        return rank == 0 and log.save({
+            "modules": step_module.state_dict(), "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
+            "step": step, "epoch": step // steps_per_epoch, "first_loss": first_loss, "settings": settings,
+            "model": model.settings, "classes": loader.classes}, name)
+
     size = sum(w.numel() for w in model.parameters() if w.requires_grad) / 1e6
     say(f"{args.model}, {size:.1f} M parameters; {loader.num_samples:,} pictures, {classes} classes; "
         f"{world} x {args.batch_size} x {accum} = {args.total_batch} a step, {steps_per_epoch} steps an epoch; "
         f"{hardware}, {loader.num_workers} loader threads" + (f"; from {source}, step {step}" if source else ""))
 
     # --- train
-    mask_rng, last_stage = torch.Generator(device), None
+    mask_rng, bad_steps, went_back, left_out = torch.Generator(device), BadSteps(device), False, 0
     total, seen, waited, clock, mean_loss, top1 = torch.zeros((), device=device), 0, 0.0, time.time(), None, None
-    log_every = min(50, steps_per_epoch)
-    for epoch in range(step // steps_per_epoch, args.epochs):
-        stage, (res, mask_ratio) = stage_of(args.scheme, epoch)
-        if stage != last_stage:
-            say(f"epoch {epoch}: stage {stage + 1}, {res} px, mask ratio {mask_ratio}")
-        last_stage = stage
-        if position and step % steps_per_epoch:
-            loader.load_state_dict(position)
-        else:
-            loader.set_epoch(epoch)
-        position = None
-        loader.set_stage(res=res)
-        batches = iter(loader)
-        shape = (accum, args.batch_size, world, (res // p) ** 2)
-        for step in range(step, (epoch + 1) * steps_per_epoch):
-            lr = lr_at(step, steps, warmup, peak_lr)
-            for group in optimizer.param_groups[:2]:
-                group["lr"] = lr
-            noise = mask_noise(mask_rng, args.seed, step, shape, rank)
-            loss, seconds_waited = take_step(*ours, batches, noise, mask_ratio)
-            total += loss
-            waited += seconds_waited
-            seen += args.total_batch
-
-            # --- log, save, stop
-            done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
-            stopping = any_rank(stop)
-            if epoch_ends or stopping or done % log_every == 0:
-                count = seen // args.total_batch
-                if world > 1:
-                    dist.all_reduce(total)
-                mean_loss, elapsed = total.item() / count / world, time.time() - clock
-                if not math.isfinite(mean_loss):
-                    raise SystemExit(f"the loss is {mean_loss} at step {done} (epoch {epoch}, lr {lr:.2e}). {last} is "
-                                     "the last good checkpoint; try a lower --blr or a longer --warmup-epochs")
-                first_loss = mean_loss if first_loss is None else first_loss
-                values = dict(epoch=epoch, stage=stage + 1, loss=mean_loss, lr=lr, res=res, mask_ratio=mask_ratio,
-                              img_s=seen / elapsed, data_wait=waited / elapsed,
-                              tflops=seen / elapsed * flops[res, mask_ratio] / 1e12 / world)  # of one GPU
-                if peak:
-                    values["mfu"] = values["tflops"] / peak
-                if device.type == "cuda":
-                    values["mem"] = torch.cuda.max_memory_allocated() / 2 ** 30  # GiB
-                if epoch_ends and val and ((epoch + 1) % probe_every == 0 or epoch + 1 == args.epochs):
-                    top1 = values["probe_top1"] = probe_accuracy(step_module, val, autocast, device)
-                if rank == 0:
-                    log.write(done, **values)
-                    bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{seen / elapsed:.0f}")
-                if epoch_ends:
-                    say(f"epoch {epoch} loss {mean_loss:.4f} {seen / elapsed:.0f} images/s, "
-                        f"{waited / elapsed:.1%} waiting" + (f", MFU {values['mfu']:.1%}" if peak else "")
-                        + (f", probe {top1:.1f} %" if "probe_top1" in values else ""))
-                total.zero_()
-                seen, waited, clock = 0, 0.0, time.time()
-            if rank == 0:
-                bar.update()
-            if stopping and not epoch_ends:
-                batches.close()
-                checkpoint("last.pt", done)
-                raise SystemExit(f"stopped by a signal at step {done}; {last} is written: the same command goes on "
-                                 "there")
+    log_every, saved_at, last_stage, batches = min(50, steps_per_epoch), time.time(), None, None
+    while step < steps:
+        epoch = step // steps_per_epoch
+        if batches is None:  # an epoch begins, or one is gone on with
+            stage, (res, mask_ratio) = stage_of(args.scheme, epoch)
+            if stage != last_stage:
+                say(f"epoch {epoch}: stage {stage + 1}, {res} px, mask ratio {mask_ratio}")
+            last_stage = stage
+            if step % steps_per_epoch:
+                loader.load_state_dict(position)
+            else:
+                loader.set_epoch(epoch)
+            loader.set_stage(res=res)
+            batches, shape = iter(loader), (accum, args.batch_size, world, (res // p) ** 2)
+        lr = lr_at(step, steps, warmup, peak_lr)
+        for group in optimizer.param_groups[:2]:
+            group["lr"] = lr
+        noise = mask_noise(mask_rng, args.seed, step, shape, rank)
+        loss, bad, seconds_waited = take_step(*ours, batches, noise, mask_ratio)
+        bad_steps.add(bad)
+        total += torch.where(bad > 0, 0, loss)
+        waited += seconds_waited
+        seen += args.total_batch
         step += 1
-        batches.close()
-        loader.set_epoch(epoch + 1)  # what the checkpoint below resumes with
-        ended = epoch + 1
-        if ended % args.save_every == 0 or ended == args.epochs or stopping:
-            checkpoint("last.pt", step)
-        if ended in stage_starts(args.epochs, args.stages)[1:]:
-            checkpoint(f"stage{stage + 1}.pt", step)
-        if rank == 0 and (ended % args.viz_every == 0 or ended == args.epochs):
-            pictures = next(iter(val or loader))[0][:12]
-            save_reconstructions(model, pictures, 0.75, folder / f"recon_{ended:04d}.png")
-        if stopping and ended < args.epochs:
-            raise SystemExit(f"stopped by a signal at step {step}; {last} is written: the same command goes on there")
+        if rank == 0:
+            bar.update()
+
+        # --- log
+        epoch_ends, stopping = step % steps_per_epoch == 0, any_rank(stop)
+        if epoch_ends or stopping or step % log_every == 0:
+            if world > 1:
+                dist.all_reduce(total)
+            before, (left_out, row, longest) = left_out, bad_steps.read()
+            count, elapsed = seen // args.total_batch - (left_out - before), time.time() - clock
+            mean_loss = total.item() / count / world if count else None
+            first_loss = mean_loss if first_loss is None else first_loss
+            loss_text = f"{mean_loss:.4f}" if count else "not finite"
+            values = dict(epoch=epoch, stage=stage + 1, loss=mean_loss, lr=lr, res=res, mask_ratio=mask_ratio,
+                          img_s=seen / elapsed, data_wait=waited / elapsed, bad_steps=left_out,
+                          tflops=seen / elapsed * flops[res, mask_ratio] / 1e12 / world)  # of one GPU
+            if peak:
+                values["mfu"] = values["tflops"] / peak
+            if device.type == "cuda":
+                values["mem"] = torch.cuda.max_memory_allocated() / 2 ** 30  # GiB
+            if args.skip_bad and (found := loader.new_bad_samples()):
+                values["bad_samples"] = found
+                say(f"damaged samples, replaced: {found}")
+            if epoch_ends and val and ((epoch + 1) % probe_every == 0 or epoch + 1 == args.epochs):
+                top1 = values["probe_top1"] = probe_accuracy(step_module, val, autocast, device)
+            if rank == 0:
+                log.write(step, **values)
+                bar.set_postfix(loss=loss_text, img_s=f"{seen / elapsed:.0f}")
+            if epoch_ends:
+                say(f"epoch {epoch} loss {loss_text} {seen / elapsed:.0f} images/s, {waited / elapsed:.1%} waiting"
+                    + (f", MFU {values['mfu']:.1%}" if peak else "")
+                    + (f", probe {top1:.1f} %" if "probe_top1" in values else "")
+                    + (f", {left_out} steps left out" if left_out else ""))
+            total.zero_()
+            seen, waited, clock = 0, 0.0, time.time()
+            if longest >= args.max_bad_steps:
+                found = (f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite (epoch "
+                         f"{epoch}, lr {lr:.2e}, {left_out} such steps in all)")
+                good = find_checkpoint(folder, "auto", say)
+                if went_back or good is None:
+                    raise SystemExit(f"{found}{', again' * went_back}; {good or 'no checkpoint'} is the last good one. "
+                                     "Try a lower --blr or a longer --warmup-epochs")
+                batches.close()
+                (step, position, _), batches, went_back = restore(good), None, True
+                bad_steps, left_out = BadSteps(device), 0
+                say(f"{found}: going back to {good}, step {step}; the next time the run stops")
+                if rank == 0:
+                    log.write(step, went_back=found)
+                    bar.update(step - bar.n)
+                continue
+
+        # --- save, stop
+        if epoch_ends:
+            batches.close()
+            batches = None
+            loader.set_epoch(epoch + 1)  # what the checkpoints below resume with
+            if epoch + 1 in stage_starts(args.epochs, args.stages)[1:]:
+                checkpoint(f"stage{stage + 1}.pt", step)
+            if rank == 0 and ((epoch + 1) % args.viz_every == 0 or step == steps):
+                pictures, name = next(iter(val or loader))[0][:12], f"recon_{epoch + 1:04d}.png"
+                log.attempt(name, save_reconstructions, model, pictures, 0.75, folder / name)
+        due = (epoch + 1) % args.save_every == 0 if epoch_ends else time.time() - saved_at > 60 * args.save_minutes
+        if stopping or step == steps or (due and rank == 0 and not bad_steps.counts[1]):  # not in a row of bad steps
+            written = checkpoint("last.pt", step)
+            saved_at = time.time()
+        if stopping and step < steps:
+            raise SystemExit(f"stopped by a signal at step {step}; {last} is " + (
+                "written: the same command goes on there" if written or rank else "not, see above"))
     if mean_loss is None:
         say(f"{last} is of a finished run: {args.epochs} epochs")
     else:
@@ -562,10 +661,12 @@ def main(args):
             + (f"probe top-1 {top1:.1f} %, " if top1 is not None else "") + f"{hours} h, {last}")
     if world > 1:
         dist.destroy_process_group()
+    if rank == 0:
+        log.end()
 
 
 if __name__ == "__main__":
     try:
         main(get_args())
-    except DataError as e:
+    except (DataError, WeightsError) as e:
         raise SystemExit(f"pretrain: {e}")

@@ -365,7 +365,7 @@ def test_loader_crop_decode_equals_crop_of_full_decode(tmp_path, subsampling, re
         items.append((0, width, height, jpeg))
     reader = BetonReader(write_beton(tmp_path / "sizes.beton", items))
     for i, (_, width, height, jpeg) in enumerate(items):
-        scratch = essl_loader.make_scratch(len(jpeg), width, height, 8)
+        scratch = essl_loader.make_scratch(*np.array([[len(jpeg)], [width], [height]]), 8)
         stored, full = np.frombuffer(bytearray(jpeg), np.uint8), planes_of(jpeg, width, height, subsampling)
         for trial in range(15):
             x, y = (int(rng.integers(width)), int(rng.integers(height))) if trial else (0, 0)
