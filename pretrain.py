@@ -294,7 +294,7 @@ def probe_accuracy(step_module, loader, autocast, device):
     """The probe's top-1 in percent on held-out full pictures at the run's input size, over all ranks.
 
     A probe that learnt on masked features gets the full pictures' standardised by their own mean and variance: these
-    are not the masked ones', whose running values would cost it 5 to 15 points.
+    are not the masked ones', whose running values made 36 % of 52 % (imagenette, 60 epochs at 64 px).
     """
     step_module.eval()
     found = []
