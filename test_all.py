@@ -2,6 +2,7 @@
 
 Tests draw their own pictures; with DAILYMAE_PHOTOS naming a folder of class folders they use real photos as well.
 Everything is compared with something independent: Pillow, stock ffcv, torch in float64, the paper's tables.
+`pytest test_all.py -m soak` runs the long ones instead: dozens of kills, thousands of damaged files, full disks.
 """
 import ctypes
 import io
@@ -10,12 +11,14 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stderr
+import warnings
+from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +39,16 @@ from essl_loader import HEADER, BetonReader, DataError, ESSLLoader, FolderLoader
 from models_mae import ViT, WeightsError, load_encoder, read_weights, size_of, vit_settings
 from schedules import lr_at
 
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
 HERE = Path(__file__).resolve().parent
 PHOTOS = os.environ.get("DAILYMAE_PHOTOS")
+
+
+@pytest.fixture(autouse=True)
+def soak_when_asked(request):
+    """Skips what is marked soak unless -m asks for it."""
+    if request.node.get_closest_marker("soak") and "soak" not in request.config.option.markexpr:
+        pytest.skip("long: pytest test_all.py -m soak")
 
 
 # --- pictures and files to test on
@@ -325,6 +336,13 @@ def test_build_verify_finds_one_flipped_bit(every_mode, tmp_path):
     out.write_bytes(whole[:2110] + bytes([whole[2110] ^ 1]) + whole[2111:])
     done = script("build_beton.py", "--verify", out)
     assert done.returncode == 1 and "checksum" in done.stderr
+    settings, samples = 24 + 17, 24 + 2 * 1041  # offsets of the build settings and of the samples' table
+    text = len(whole[settings:settings + 1024].rstrip(b"\0"))
+    for at in (*range(24), *range(settings, settings + text), *range(samples, samples + 9 * 24), *range(-9 * 24, 0)):
+        at %= len(whole)
+        out.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
+        with pytest.raises(DataError, match="x.beton"):  # any bit of header, settings and tables
+            BetonReader(out)
 
 
 def test_build_demo_draws_the_same_again(tmp_path):
@@ -514,6 +532,94 @@ def test_loader_closed_under_way_says_so(beton):
     assert raised and "closed" in raised[0]
 
 
+def test_loader_refuses_a_fork(beton):
+    """A loader, and an iteration under way, say in a forked child that they belong to the parent, who goes on."""
+    loader = ESSLLoader(beton[0], 4, res=48, num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    if (child := os.fork()) == 0:
+        told = 0
+        for read in (lambda: next(batches), lambda: next(iter(loader))):
+            try:
+                read()
+            except RuntimeError as e:
+                told += "its fork" in str(e)
+        os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert len(list(batches)) == 9
+
+
+def test_loader_takes_the_next_good_sample_when_asked(beton, folder, tmp_path):
+    """skip_bad: the row of a damaged sample is the next good one's of the order, counted and named; without it, an error."""
+    items = list(beton[1])
+    for i, mend in ((7, False), (8, False), (20, False), (7, True), (8, True), (20, True)):
+        mode, w, h, blob = beton[1][i]
+        items[i] = items[9 if i < 9 else 21] if mend else (mode, w, h, blob[:len(blob) // 2])
+        if i == 20:
+            write_beton(tmp_path / ("mended.beton" if mend else "bad.beton"), items)
+    batches = list(loader := ESSLLoader(tmp_path / "bad.beton", 16, train=False, res=64, skip_bad=True, num_workers=2))
+    mended = list(ESSLLoader(tmp_path / "mended.beton", 16, train=False, res=64))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, mended))
+    assert torch.cat([y for _, y in batches]).tolist() == [9 if i in (7, 8) else 21 if i == 20 else i for i in range(40)]
+    assert loader.num_replaced == 3 and loader.bad_samples.keys() == loader.new_bad_samples().keys() == {7, 8, 20}
+    assert not loader.new_bad_samples() and all("damaged" in reason for reason in loader.bad_samples.values())
+    with pytest.raises(DataError, match="sample 7.*skip"):
+        list(ESSLLoader(tmp_path / "bad.beton", 16, train=False, res=64))
+    with pytest.raises(DataError, match="skip"):  # no good one at all
+        list(ESSLLoader(tmp_path / "bad.beton", 2, train=False, res=64, skip_bad=True, indices=[7, 8]))
+    for name in "dark", "light":
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            os.link(folder / "train" / name / f"{i}.png", tmp_path / "pictures" / name / f"{i}.png")
+    (tmp_path / "pictures/dark/1.png").unlink()
+    (tmp_path / "pictures/dark/1.png").write_bytes(b"no picture")
+    loader = FolderLoader(tmp_path / "pictures", 2, train=False, res=32, skip_bad=True, num_workers=1)
+    batches = list(loader)
+    assert torch.equal(batches[0][0][1], batches[1][0][0]) and list(loader.bad_samples) == [1] and loader.num_replaced == 1
+    with pytest.raises(DataError, match="1.png"):
+        list(FolderLoader(tmp_path / "pictures", 2, train=False, res=32, num_workers=1))
+
+
+def test_loader_hundreds_of_loaders_leave_nothing(beton):
+    """Loaders made, left in mid-epoch, interrupted or forgotten by the hundred: no thread, file or memory stays."""
+    def state():
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), resident
+
+    def use(i):
+        loader = ESSLLoader(beton[0], 8, res=64, num_workers=2, seed=i)
+        batches = iter(loader)
+        next(batches)
+        if i % 3 == 0:
+            loader.close()
+        elif i % 3 == 1:
+            with pytest.raises(KeyboardInterrupt):
+                batches.throw(KeyboardInterrupt)
+            assert len(list(loader)) == 5
+    for i in range(30):
+        use(i)
+    before = state()
+    for i in range(300):
+        use(i)
+    after = state()
+    assert after[:2] == before[:2] and after[2] - before[2] < 30e6, (before, after)
+
+
+def test_loader_renews_kernels_of_another_version(tmp_path):
+    """A process killed while it renews numba's cache does not leave the old kernel to the new source."""
+    source = (HERE / "essl_loader.py").read_text()
+    shown = "import essl_loader as e; e.bind(); print(e.uniform(0, 0, 0, 0))"
+    killed = ("import os, numba.core.caching as c; c.IndexDataCacheFile._save_data = lambda *_: os._exit(7); " + shown)
+
+    def run(code):
+        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "essl_loader.py").write_text(source)
+    first = float(run(shown).stdout)
+    (tmp_path / "essl_loader.py").write_text(source.replace("2.0 ** -53", "2.0 ** -54"))
+    assert run(killed).returncode == 7
+    assert float(run(shown).stdout) == first / 2 == float(run(shown).stdout)
+
+
 def test_loader_random_box_is_torchvisions():
     """Boxes follow RandomResizedCrop: area and aspect as torchvision's get_params, over 4,000 draws; flips are halves."""
     from torchvision.transforms import RandomResizedCrop
@@ -528,7 +634,7 @@ def test_loader_random_box_is_torchvisions():
     assert abs(np.mean([uniform(0, 0, i, essl_loader.FLIP_DRAW) < 0.5 for i in range(4000)]) - 0.5) < 0.03
 
 
-@pytest.mark.parametrize("damage", ["cut", "version", "empty", "jpeg", "size", "pointer"])
+@pytest.mark.parametrize("damage", ["cut", "version", "empty", "jpeg", "size", "pointer", "huge"])
 def test_loader_names_what_is_wrong(beton, tmp_path, damage):
     """A file cut short, of another version, empty, with a damaged JPEG, a false size or a false pointer: a DataError."""
     data, bad = bytearray(beton[0].read_bytes()), tmp_path / "bad.beton"
@@ -543,12 +649,14 @@ def test_loader_names_what_is_wrong(beton, tmp_path, damage):
         data = data[:0]
     elif damage == "jpeg":
         data[at + 700:at + 1100] = bytes(400)
+    elif damage == "huge":
+        data[table + 24 * 7 + 1:table + 24 * 7 + 5] = b"\xff\xff\xff\xff"
     elif damage == "size":
         data[table + 24 * 7 + 1] ^= 1
     else:
         data[table + 24 * 7 + 9] ^= 0x40
     bad.write_bytes(data)
-    with pytest.raises(DataError, match="bad.beton.*sample 7" if damage in ("jpeg", "size", "pointer") else "bad.beton"):
+    with pytest.raises(DataError, match="bad.beton.*sample 7" if damage in ("jpeg", "size", "pointer", "huge") else "bad.beton"):
         for _ in ESSLLoader(bad, 8, train=False, crop_ratio=1.0, res=64):
             pass
 
@@ -960,6 +1068,119 @@ def test_pretrain_killed_and_resumed_is_bit_identical(folder, unbroken, tmp_path
     assert [line["loss"] for line in log_of(tmp_path)][-1] == [line["loss"] for line in log_of(unbroken[0])][-1]
 
 
+def train_here(folder, out, *words):
+    """pretrain.py's main in this process."""
+    words = ["--data", folder / "train.beton", "--val-data", folder / "val.beton", "--output-dir", out, *TINY, *words]
+    with redirect_stderr(io.StringIO()):
+        pretrain.main(pretrain.get_args([str(w) for w in words]))
+
+
+def equal_weights(ours, theirs):
+    ours, theirs = weights_of(ours), weights_of(theirs)
+    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def test_pretrain_survives_a_full_disk_and_a_damaged_checkpoint(folder, unbroken, tmp_path):
+    """Stopped by SIGUSR1; then no checkpoint can be written: the run ends, with code 1, its log whole and last.pt as it
+    was; then last.pt is damaged: it goes on from previous.pt. The end is the unbroken run's, bit for bit."""
+    command = [sys.executable, HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton",
+               "--output-dir", tmp_path, *TINY]
+    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+                           stderr=subprocess.DEVNULL)
+    for line in run.stdout:
+        if line.startswith("epoch 1 loss"):
+            run.send_signal(signal.SIGUSR1)
+    assert run.wait() == 1 and (tmp_path / "previous.pt").is_file()
+    before = (tmp_path / "last.pt").read_bytes()
+    limit = resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)
+    done = tiny_run(folder, tmp_path, preexec_fn=lambda: resource.setrlimit(*limit))
+    refused(done, "last.pt could not be written", "the training goes on", "times this run could not write", "last.pt")
+    assert "done: 4 epochs" in done.stdout and (tmp_path / "last.pt").read_bytes() == before
+    assert [line["step"] for line in log_of(tmp_path)][-2:] == [12, 16] and not list(tmp_path.glob(".*tmp"))
+    damaged = bytearray(before)
+    damaged[len(before) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(damaged)
+    done = tiny_run(folder, tmp_path)
+    assert done.returncode == 0 and "last.pt is damaged" in done.stdout and "previous.pt, step " in done.stdout
+    assert equal_weights(tmp_path, unbroken[0])
+    for name in "last.pt", "previous.pt":
+        (tmp_path / name).write_bytes(damaged)
+    refused(tiny_run(folder, tmp_path), "last.pt is damaged", "previous.pt is damaged", "--resume none")
+
+
+def test_pretrain_goes_back_once_from_bad_steps(folder, unbroken, tmp_path, monkeypatch):
+    """Three steps in a row that are not finite lead back to the last good checkpoint, and from there to the unbroken
+    run's end; if they come again the run stops, and its checkpoint is of before them."""
+    forward, calls = pretrain.PretrainStep.forward, itertools.count()
+
+    def poisoned(bad):
+        def step(self, *inputs):
+            loss, probe_loss = forward(self, *inputs)
+            return loss * (math.inf if next(calls) in bad else 1), probe_loss
+        return step
+    monkeypatch.setattr(pretrain.PretrainStep, "forward", poisoned(range(18, 24)))  # two micro-batches a step
+    train_here(folder, tmp_path / "once", "--max-bad-steps", 3)
+    lines = log_of(tmp_path / "once")
+    assert [line["step"] for line in lines] == [4, 8, 12, 8, 12, 16] and "3 steps in a row" in lines[3]["went_back"]
+    assert equal_weights(tmp_path / "once", unbroken[0])
+    calls = itertools.count()
+    monkeypatch.setattr(pretrain.PretrainStep, "forward", poisoned(range(18, 10 ** 6)))
+    with pytest.raises(SystemExit, match="not finite.*again; .*last.pt"):
+        train_here(folder, tmp_path / "twice", "--max-bad-steps", 3)
+    state = torch.load(tmp_path / "twice" / "last.pt", weights_only=True)
+    assert state["step"] == 8 and all(v.isfinite().all() for v in state["modules"].values())
+
+
+DRIVER = """
+import os, sys
+sys.path.insert(0, {here!r})
+import pretrain, torch
+how, rank, calls, steps = {how!r}, int(os.environ["RANK"]), [0], [0]
+forward, take_step = pretrain.PretrainStep.forward, pretrain.take_step
+def poisoned(self, *inputs):
+    calls[0] += 1
+    loss, probe_loss = forward(self, *inputs)
+    return loss * (float("nan") if how == "nan" and rank == 1 and calls[0] == 6 else 1), probe_loss
+def left_out(*inputs):
+    steps[0] += 1
+    if how == "left out" and steps[0] == 6:
+        next(inputs[5])
+        return torch.zeros(()), torch.ones(()), 0.0
+    return take_step(*inputs)
+pretrain.PretrainStep.forward, pretrain.take_step = poisoned, left_out
+pretrain.main(pretrain.get_args(sys.argv[1:]))
+"""
+
+
+def test_pretrain_nan_on_one_rank_is_a_step_left_out(folder, tmp_path):
+    """NaN on one of two ranks at one step: both leave it out, and end with the weights of a run without that step."""
+    for i, how in enumerate(("nan", "left out")):
+        (tmp_path / f"{i}.py").write_text(DRIVER.format(here=str(HERE), how=how))
+        done = subprocess.run([*map(str, [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port",
+            22000 + i + os.getpid() % 20000, tmp_path / f"{i}.py", "--data", folder / "train.beton", "--val-data",
+            folder / "val.beton", "--output-dir", tmp_path / str(i), *TINY])], capture_output=True, text=True, timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0 and "1 steps left out" in done.stdout, done.stderr
+        assert [line["bad_steps"] for line in log_of(tmp_path / str(i))] == [0, 1, 1, 1]
+    assert equal_weights(tmp_path / "0", tmp_path / "1")
+
+
+def test_pretrain_resumes_on_another_number_of_ranks(folder, unbroken, tmp_path, monkeypatch):
+    """Stopped in mid-epoch on one process and gone on with on two: the same data in the same steps, the same losses."""
+    calls = itertools.count(1)
+    monkeypatch.setattr(pretrain, "any_rank", lambda flag: next(calls) == 6)
+    with pytest.raises(SystemExit, match="stopped by a signal at step 6"):
+        train_here(folder, tmp_path, "--probe", "off")
+    done = subprocess.run([*map(str, [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 24000 + os.getpid() % 20000,
+        HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton", "--output-dir", tmp_path,
+        *TINY, "--probe", "off"])], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "last.pt, step 6" in done.stdout, done.stderr
+    ours, expected = log_of(tmp_path), log_of(unbroken[0])
+    assert [line["loss"] for line in ours][-2:] == pytest.approx([line["loss"] for line in expected][-2:], rel=1e-4)
+
+
 def test_pretrain_two_ranks_match_one(folder, unbroken, tmp_path):
     """torchrun with two gloo ranks of 8 pictures does what one process with two times 8 does, to rounding."""
     port = 20000 + os.getpid() % 20000
@@ -983,7 +1204,7 @@ def train_20(how="float32"):
         pretrain.warm_up(run, [(32, 0.75), (24, 0.5)], 8, 8, 1, autocast, torch.device("cpu"))
         assert all(torch.equal(v, state[k]) for k, v in step.state_dict().items())  # warming up left no trace
         assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in step.parameters())
-    ours = run, pretrain.adamw(step, 0.05, fused=True), torch.amp.GradScaler("cpu", enabled=False), autocast
+    ours = run, pretrain.adamw(step, 0.05, fused=True), None, autocast, list(step.head.buffers())
     data = [(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 4) for _ in range(2)]
     return [pretrain.take_step(*ours, itertools.cycle(data), pretrain.mask_noise(rng, 0, i, (2, 8, 1, 16), 0), 0.75)[0].item()
             for i in range(20)]
@@ -1311,6 +1532,29 @@ def test_finetune_resumes_bit_identical(tuned, tmp_path, monkeypatch):
     assert lines[0] == lines[1] and [s for s, _ in lines[0]] == [3, 6, 9, 12]
     with pytest.raises(SystemExit, match="drop_path: 0.1 there, 0.2 here"):
         tune(root, tmp_path / "cut", "--drop-path", 0.2)
+
+
+def test_linprobe_resumes_bit_identical(tuned, tmp_path, monkeypatch):
+    """Stopped within and at the end of an epoch, from pictures and from stored features: the unbroken probe's bits."""
+    root, _ = tuned
+    for words in (), ("--cached",):
+        base = ["--checkpoint", root / "mae.pt", "--data", root / "train.beton", "--val-data", root / "val.beton", "--epochs",
+                3, "--warmup-epochs", 1, "--total-batch", 16, "--batch-size", 8, "--num-workers", 2, *words]
+
+        def probe(name):
+            linprobe.main(linprobe.get_args([str(w) for w in [*base, "--output-dir", tmp_path / (name + "".join(words))]]))
+        probe("whole")
+        with monkeypatch.context() as patch:
+            calls, step = itertools.count(), linprobe.guarded_step
+            patch.setattr(linprobe, "guarded_step", lambda *inputs: (
+                signal.raise_signal(signal.SIGUSR1) if next(calls) in (1, 5) else None, step(*inputs))[1])
+            for _ in range(2):
+                with pytest.raises(SystemExit, match="the same command goes on"):
+                    probe("cut")
+        probe("cut")
+        a, b = (torch.load(tmp_path / (name + "".join(words)) / "last.pt", weights_only=True) for name in ("whole", "cut"))
+        assert a["step"] == b["step"] == 9 and a["result"] == b["result"]
+        assert all(torch.equal(v, b["head"][k]) for k, v in a["head"].items())
 
 
 def test_finetune_counts_each_picture_once(tuned, tmp_path):
