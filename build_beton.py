@@ -62,19 +62,26 @@ def get_args(argv=None):
 
 
 # --- pictures: found, read, or drawn
+def is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def find_pictures(folder, seen):
     """Picture files below a folder. Folders in the set `seen` are passed over, so that a loop of links ends."""
     if os.path.realpath(folder) in seen:
         return []
     seen.add(os.path.realpath(folder))
     entries = list(os.scandir(folder))
-    found = [entry.path for entry in entries if entry.name.lower().endswith(PICTURES) and not entry.is_dir()]
-    return sum((find_pictures(entry.path, seen) for entry in entries if entry.is_dir()), found)
+    found = [entry.path for entry in entries if entry.name.lower().endswith(PICTURES) and not is_folder(entry)]
+    return sum((find_pictures(entry.path, seen) for entry in entries if is_folder(entry)), found)
 
 
 def find_data(folder, limit):
     """(paths, labels, class names) of a folder of class folders, or of pictures. Raises ValueError if one is empty."""
-    classes, pairs = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()), []
+    classes, pairs = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry)), []
     for label, group in enumerate([folder / name for name in classes] or [folder]):
         seen = {os.path.realpath(folder.parent if group == folder else folder)}  # a link back up is a loop
         paths = sorted(find_pictures(group, seen), key=os.path.split)  # ImageFolder's order: by folder, then by name

@@ -154,6 +154,7 @@ class RunFolder:
             write(*args)
         except (OSError, RuntimeError) as e:
             self.failed.append(what)
+            e = e.__context__ if isinstance(e.__context__, OSError) else e
             tqdm.write(f"{self.folder / what} could not be written ({e}): the training goes on", file=sys.stderr)
             return False
         return True

@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import resource
@@ -1657,6 +1658,315 @@ def test_finetune_and_linprobe_share_the_setup_block():
               for name in ("pretrain", "finetune", "linprobe")}
     assert len(blocks) == 1
 
+
+# --- soak: pytest test_all.py -m soak
+def killed_until_done(command, times, rng, out):
+    """Runs a command again and again, killing it at random moments, and at last lets it end; returns the kills."""
+    kills = 0
+    while True:
+        run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+        try:
+            run.wait(timeout=rng.uniform(3, 9) if kills < times else 600)
+            assert run.returncode == 0
+            if kills >= times:
+                return kills
+            for old in out.glob("*.pt"):  # it ended before its time: from the start again
+                old.unlink()
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            kills += 1
+
+
+LONG = ("--epochs", 150, "--save-minutes", 0.002, "--save-every", 1000, "--viz-every", 1000)
+
+
+@pytest.mark.soak
+def test_soak_pretrain_30_kills(folder, tmp_path):
+    """SIGKILL at 30 random moments of a run through all three stages: the unbroken run's weights, bit for bit."""
+    train_here(folder, tmp_path / "whole", *LONG)
+    command = [*map(str, [sys.executable, HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data",
+                          folder / "val.beton", "--output-dir", tmp_path / "cut", *TINY, *LONG])]
+    assert killed_until_done(command, 30, np.random.default_rng(0), tmp_path / "cut") == 30
+    assert equal_weights(tmp_path / "cut", tmp_path / "whole")
+    steps = [line["step"] for line in log_of(tmp_path / "cut")]
+    assert steps == sorted(set(steps)) and steps[-1] == 600
+
+
+@pytest.mark.soak
+def test_soak_finetune_10_kills(tuned, tmp_path):
+    """The same for finetuning, ten times."""
+    long = ("--epochs", 150, "--save-minutes", 0.002, "--save-every", 1000)
+    tune(tuned[0], tmp_path / "whole", *long)
+    command = [*map(str, [sys.executable, HERE / "finetune.py", "--finetune", tuned[0] / "mae.pt", "--data",
+                          tuned[0] / "train.beton", "--val-data", tuned[0] / "val.beton", "--warmup-epochs", 1,
+                          "--total-batch", 16, "--batch-size", 8, "--num-workers", 2, "--output-dir", tmp_path / "cut",
+                          *long])]
+    assert killed_until_done(command, 10, np.random.default_rng(1), tmp_path / "cut") == 10
+    assert equal_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.soak
+def test_soak_torchrun_restarts_after_a_rank_is_killed(folder, tmp_path):
+    """torchrun --max-restarts over two ranks, one of them killed eight times: the unbroken two ranks' weights."""
+    def launch(out, port):
+        return subprocess.Popen([*map(str, [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 20, "--master_port", port,
+            HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton", "--output-dir", out,
+            *TINY, *LONG, "--batch-size", 8])], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, text=True)
+    run = launch(tmp_path / "whole", 25000 + os.getpid() % 20000)
+    assert run.communicate(timeout=600) and run.returncode == 0
+    run, rng, kills, seen = launch(tmp_path / "cut", 26000 + os.getpid() % 20000), np.random.default_rng(2), 0, None
+    while run.poll() is None and kills < 8:
+        time.sleep(rng.uniform(6, 14))
+        ranks = [int(p) for t in Path(f"/proc/{run.pid}/task").glob("*") for p in (t / "children").read_text().split()]
+        ranks = [p for p in ranks if b"pretrain.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        if len(ranks) == 2 and ranks != seen:
+            os.kill(ranks[rng.integers(2)], signal.SIGKILL)
+            seen, kills = ranks, kills + 1
+    text = run.communicate(timeout=600)[0]
+    assert run.returncode == 0 and kills >= 5 and "done: 150 epochs" in text, (kills, text)
+    assert equal_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def damage(rng, whole, reader, i, kind):
+    """A .beton file, wrong in one of seven ways: 0 to 3 anywhere or in its tables, 4 to 6 in the JPEG of sample i."""
+    data, table = bytearray(whole), 24 + 2 * 1041
+    row = table + 24 * int(rng.integers(reader.num_samples))
+    at, size = int(reader.ptrs[i]), int(reader.sizes[i])
+    if kind == 0:  # bits anywhere
+        for at in rng.integers(len(data), size=int(rng.integers(1, 40))):
+            data[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del data[int(rng.integers(len(data))):]
+    elif kind == 2:  # fields swapped
+        other = table + 24 * int(rng.integers(reader.num_samples))
+        data[row:row + 13], data[other:other + 13] = data[other:other + 13], data[row:row + 13]
+    elif kind == 3:  # hostile numbers in header, samples and allocation table
+        end = int.from_bytes(data[16:24], "little")
+        at = int(rng.choice([rng.integers(24), row + rng.integers(24), end + rng.integers(len(data) - end)]))
+        value = int(rng.choice([0, 1, 255, 65535, 2 ** 31, 2 ** 63 - 1, len(data)])) + int(rng.integers(-2, 3))
+        data[at:at + 8] = (value % 2 ** 64).to_bytes(8, "little")
+        del data[len(whole):]
+    elif kind == 4:  # valid tables, bits of one JPEG
+        for b in rng.integers(size, size=int(rng.integers(1, 30))):
+            data[at + b] ^= 1 << int(rng.integers(8))
+    elif kind == 5:  # its header
+        for b in rng.integers(min(size, 700), size=int(rng.integers(1, 6))):
+            data[at + b] = int(rng.integers(256))
+    else:  # its end, or a part, missing
+        b = int(rng.integers(size))
+        data[at + b:at + size] = bytes(size - b) if rng.random() < 0.5 else rng.bytes(size - b)
+    return data
+
+
+def fuzz(whole_path, out, first, count):
+    """In a process of its own: opens and reads `count` damaged copies; SIGALRM ends one that takes 10 s."""
+    reader, whole, tally = BetonReader(whole_path), Path(whole_path).read_bytes(), {"refused": 0, "read": 0, "unlike": 0}
+    good = torch.cat([x for x, _ in ESSLLoader(whole_path, 4, train=False, res=48, drop_last=False)])
+    for number in range(first, first + count):
+        path = Path(out) / f"{number}.beton"
+        path.write_bytes(damage(np.random.default_rng(number), whole, reader, number // 7 % reader.num_samples, number % 7))
+        signal.alarm(10)
+        try:
+            loader = ESSLLoader(path, 4, train=False, res=48, num_workers=1, skip_bad=True)
+            found = torch.cat([x for x, _ in loader])
+            tally["read"] += 1
+            for i in range(loader.num_samples):  # what is not reported is as libjpeg-turbo has it from the same bytes
+                if i in loader.bad_samples or (found.shape == good.shape and torch.equal(found[i], good[i])):
+                    continue
+                try:
+                    box = center_box(int(loader.reader.widths[i]), int(loader.reader.heights[i]), 224 / 256)
+                    exact = Image.fromarray(loader.reader.image(i, box)).resize((48, 48), Image.Resampling.BICUBIC)
+                except DataError:
+                    continue  # damaged outside of the crop
+                off = np.abs(np.asarray(exact).astype(int) - found[i].permute(1, 2, 0).numpy()).mean()
+                tally["unlike"] += off > 6  # noise has sharp chroma, whose upsampling differs
+            loader.close()
+        except (DataError, ValueError):
+            tally["refused"] += 1
+        signal.alarm(0)
+        path.unlink()
+    print(json.dumps(tally))
+
+
+@pytest.mark.soak
+def test_soak_5000_damaged_files(beton, tmp_path):
+    """No crash by signal, no hang over 10 s: each ends in a clear error or in pictures, those of libjpeg-turbo."""
+    tally = {}
+    for first in range(0, 5000, 250):
+        done = subprocess.run([sys.executable, "-c", f"import test_all; test_all.fuzz({str(beton[0])!r}, {str(tmp_path)!r}, "
+                               f"{first}, 250)"], cwd=HERE, capture_output=True, text=True, timeout=2600)
+        assert done.returncode == 0, (sorted(tmp_path.iterdir()), done.stderr[-2000:])
+        tally = {k: v + tally.get(k, 0) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
+    print(tally)
+    assert tally["refused"] + tally["read"] == 5000 and tally["refused"] > 500 and tally["read"] > 500
+    assert tally["unlike"] <= 0.002 * 40 * tally["read"]
+
+
+def guarded(n, dtype):
+    """An array whose end is the end of readable memory: whoever touches what follows is killed by SIGSEGV."""
+    page, size = mmap.PAGESIZE, n * np.dtype(dtype).itemsize
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + page)
+    libc = ctypes.CDLL(None, use_errno=True)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(base + room), ctypes.c_size_t(page), 0) == 0
+    return np.frombuffer(memory, np.uint8, size, room - size).view(dtype)
+
+
+def fuzz_guarded(whole_path, first, count):
+    """In a process of its own: damaged JPEGs of a good file, decoded where all memory of the kernels ends at a guard."""
+    reader, whole, codes = BetonReader(whole_path), Path(whole_path).read_bytes(), []
+    for number in range(first, first + count):
+        rng, i = np.random.default_rng(number), number // 3 % reader.num_samples
+        data = damage(rng, whole, reader, i, 4 + number % 3)
+        blob, w, h = bytes(data[reader.ptrs[i]:reader.ptrs[i] + reader.sizes[i]]), reader.widths[i], reader.heights[i]
+        if not blob:
+            continue
+        scratch = essl_loader.make_scratch(np.array([len(blob)]), np.array([w]), np.array([h]), 48)
+        scratch = scratch._replace(**{k: guarded(getattr(scratch, k).size, getattr(scratch, k).dtype) for k in (
+            "starts", "clean", "planes", "split", "weights", "acc", "a", "b")})
+        src = guarded(len(blob), np.uint8)
+        src[:] = np.frombuffer(blob, np.uint8)
+        out = guarded(48 * 48 * 3, np.uint8)
+        box = random_box(int(w), int(h), (0.2, 1.0), (3 / 4, 4 / 3), number, 0, 0)
+        codes.append(essl_loader.resized_crop(src, len(src), int(reader.modes[i]), int(w), int(h), *box, 48, True, False, out,
+                                              scratch))
+        essl_loader.destroy_decoder(scratch.tj[0])
+    print(json.dumps([codes.count(c) for c in range(5)]))
+
+
+@pytest.mark.soak
+def test_soak_kernels_stay_in_their_memory(beton):
+    """2,000 damaged samples with every buffer of the kernels against a page that may not be touched."""
+    for first in range(0, 2000, 500):
+        done = subprocess.run([sys.executable, "-c", f"import test_all; test_all.fuzz_guarded({str(beton[0])!r}, {first}, "
+                               "500)"], cwd=HERE, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        codes = json.loads(done.stdout.splitlines()[-1])
+        assert codes[0] > 50 and sum(codes[1:]) > 20, codes
+
+
+@pytest.mark.soak
+def test_soak_300_hostile_pictures(tmp_path):
+    """Good pictures in, bad ones named, of 300 of every kind; nothing hangs, memory stays bounded."""
+    root, rng = tmp_path / "in" / "class", np.random.default_rng(0)
+    root.mkdir(parents=True)
+    good = draw(rng, 200, 150)
+    for fmt in "JPEG", "PNG", "WEBP", "TIFF", "BMP":
+        good.save(whole := io.BytesIO(), fmt)
+        whole = whole.getvalue()
+        for tenth in range(10):  # truncated at every tenth
+            (root / f"cut_{fmt}_{tenth}.{fmt.lower()}").write_bytes(whole[:len(whole) * tenth // 10])
+        for other in "jpg", "png", "webp", "bmp", "tif":  # wrong extensions: Pillow goes by content
+            (root / f"as_{fmt}.{other}").write_bytes(whole)
+        for k in range(20):  # bits of its header
+            data = bytearray(whole)
+            for at in rng.integers(60, size=4):
+                data[at] = int(rng.integers(256))
+            (root / f"bits_{fmt}_{k}.{fmt.lower()}").write_bytes(data)
+    for k in range(120):
+        (root / f"noise_{k}.jpg").write_bytes((b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"")[k % 4]
+                                              + rng.bytes(k * 40 if k % 4 < 3 else 0))
+    bomb = b"P6 60000 60000 255\n" + bytes(1000)
+    (root / "bomb.ppm").write_bytes(bomb)
+    Image.new("L", (30000, 30000)).save(root / "bomb.png")
+    good.convert("CMYK").save(root / "cmyk.jpg")
+    Image.fromarray((np.asarray(good.convert("L")).astype(np.uint16) * 257)).save(root / "deep.png")
+    good.save(root / "moving.webp", save_all=True, append_images=[good.rotate(90)] * 3)
+    Image.new("RGB", (1, 1)).save(root / "one.png")
+    Image.new("RGB", (65500, 3)).save(root / "wide.jpg")
+    good.save(whole := io.BytesIO(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + bytes(40))
+    (root / "exif.jpg").write_bytes(whole.getvalue())
+    good.save(root / "secret.png")
+    (root / "secret.png").chmod(0)
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "nowhere.png").symlink_to(root / "absent.png")
+    (root / "around").symlink_to(root)
+    os.mkfifo(root / "pipe.png")
+    names = [p for p in root.iterdir() if p.name != "around"]
+    assert len(names) >= 300
+    expected = {}
+    for path in names:  # Pillow's word on each
+        try:
+            assert path.is_file()
+            with Image.open(path) as picture, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                picture.load()
+                expected[path.name] = picture.size
+        except Exception:
+            expected[path.name] = None
+    done = script("build_beton.py", "--data-dir", root.parent, "--out", tmp_path / "x.beton", "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "x.json").read_text())
+    bad = {Path(entry["file"]).name for entry in told["left_out"]}
+    assert bad == {name for name, size in expected.items() if size is None} and all(e["reason"] for e in told["left_out"])
+    assert told["num_samples"] + len(bad) == len(names) and {"bomb.ppm", "bomb.png", "loop.png", "pipe.png"} <= bad
+    assert not {"cmyk.jpg", "deep.png", "moving.webp", "one.png", "wide.jpg", "exif.jpg", "as_PNG.jpg"} & bad
+    assert script("build_beton.py", "--verify", tmp_path / "x.beton").returncode == 0
+
+
+@pytest.mark.soak
+def test_soak_full_disk(folder, tmp_path):
+    """A tmpfs that fills: a build leaves nothing, a run goes on, says so and ends with code 1, its checkpoint loads."""
+    small = tmp_path / "small"
+    small.mkdir()
+    with ExitStack() as stack:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=140m", "tmpfs", small], capture_output=True).returncode:
+            pytest.skip("mounting takes rights")
+        stack.callback(subprocess.run, ["umount", "-l", small])
+        fill = small / "fill"
+        fill.write_bytes(bytes((140 << 20) - (64 << 10)))
+        done = script("build_beton.py", "--data-dir", folder / "train", "--out", small / "x.beton")
+        refused(done, "No space left", "nothing was written")
+        assert os.listdir(small) == ["fill"]
+        fill.unlink()
+        run = subprocess.Popen([*map(str, [
+            sys.executable, HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton",
+            "--output-dir", small / "run", *TINY, "--epochs", 60])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for line in run.stdout:
+            if line.startswith("epoch 3 loss"):
+                free = os.statvfs(small)
+                with open(fill, "wb", buffering=0) as f:
+                    try:
+                        while f.write(bytes(4096)):
+                            pass
+                    except OSError:
+                        pass
+                assert free.f_bavail > 0
+        errors = run.stderr.read()
+        assert run.wait() == 1 and "last.pt could not be written" in errors and "log.jsonl could not be written" in errors
+        assert "times this run could not write" in errors.splitlines()[-1], errors  # TensorBoard's thread says more
+        names = [name for name in ("last.pt", "previous.pt") if (small / "run" / name).exists()]
+        assert torch.load(small / "run" / names[0], weights_only=True)["step"] >= 8
+        assert all(line["step"] for line in log_of(small / "run"))
+        fill.unlink()
+        (small / "run" / "previous.pt").unlink(missing_ok=True)
+        done = tiny_run(folder, small / "run", "--epochs", 60)
+        assert done.returncode == 0 and "; from " in done.stdout, done.stderr
+        assert [line["step"] for line in log_of(small / "run")] == list(range(4, 241, 4))
+        done = script("linprobe.py", "--checkpoint", small / "run/last.pt", "--data", folder / "train.beton", "--val-data",
+                      folder / "val.beton", "--cached", "--output-dir", small / "probe", "--batch-size", 16, "--total-batch",
+                      16, "--epochs", 2)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.soak
+def test_soak_thousand_epochs_of_loaders(beton):
+    """A loader per epoch for a thousand epochs, two at a time: no thread, file or memory stays."""
+    before = None
+    for epoch in range(1000):
+        with ESSLLoader(beton[0], 8, res=48, num_workers=2) as a, ESSLLoader(beton[0], 8, res=32, num_workers=2) as b:
+            a.set_epoch(epoch)
+            assert sum(len(x) for (x, _), (y, _) in zip(a, b)) == 40
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        now = threading.active_count(), len(os.listdir("/proc/self/fd")), resident
+        before = now if epoch == 50 else before
+    assert now[:2] == before[:2] and now[2] - before[2] < 30e6, (before, now)
 
 # --- README
 def test_readme_names_only_flags_that_exist():
