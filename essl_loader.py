@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import threading
 import weakref
@@ -27,7 +28,7 @@ import llvmlite.binding
 import llvmlite.ir as ir
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, njit, objmode, types
 from numba.extending import intrinsic
 
 # --- format: FFCV's .beton, version 2, little-endian
@@ -1427,11 +1428,18 @@ def fill_share(table, scale, ratio, seed, epoch, res, bicubic, codes):
     destroy_decoder(scratch.tj[0])
 
 
+def interrupt_ffcv(sample):
+    """FFCV's loader would wait for ever for a thread that raised: says what is wrong and interrupts the main thread."""
+    print(f"essl_loader.ffcv_decoder: sample {sample} is damaged: python build_beton.py --verify FILE", file=sys.stderr)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
 def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic", seed=0):
     """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder: decodes only the crop (the paper's ESSL).
 
     Pipelines as in FFCV's documentation, e.g. {"image": [ffcv_decoder(), RandomHorizontalFlip(), ToTensor(), ...]};
-    uint8 (B, res, res, 3). Crops are a function of (seed, number of the batch, sample). ValueError on damaged samples.
+    uint8 (B, res, res, 3). Crops are a function of (seed, number of the batch, sample). A damaged sample is named on stderr
+    and interrupts the program (KeyboardInterrupt).
     """
     from dataclasses import replace
 
@@ -1468,7 +1476,10 @@ def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
                 for thread in parallel(threads):
                     fill_share(table[thread::threads], scale, ratio, seed, number, res, bicubic, codes[thread::threads])
                 if codes.max() != 0:
-                    raise ValueError("a sample of the .beton file is damaged: python build_beton.py --verify FILE")
+                    sample = batch_indices[np.argmax(codes)]
+                    with objmode():
+                        interrupt_ffcv(sample)
+                    raise ValueError("a sample of the .beton file is damaged")
                 return destination[:n]
             decode.is_parallel = True
             return decode

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -186,7 +187,7 @@ class MaskedAutoencoderViT(nn.Module):
         init_encoder(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-        self.grids = ()
+        self.grids, self.recompute = (), False
         self.register_load_state_dict_post_hook(resample_again)
 
     def prepare(self, *grids):
@@ -213,6 +214,12 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"pictures of {H}x{W}: expected a square of whole {self.patch_size}-pixel patches")
         return patchify(self.normalize(imgs), self.patch_size)
 
+    def through(self, blocks, x):
+        """x (B, N, D) through blocks; with `recompute` set, backward computes what is inside a block a second time."""
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if self.recompute else block(x)
+        return x
+
     def forward_encoder(self, patches, mask_ratio, noise=None):
         """(B, L, P) -> latent (B, 1 + K, D), mask (B, L; 1 = removed), ids_restore (B, L)."""
         B, L = patches.shape[:2]
@@ -225,9 +232,7 @@ class MaskedAutoencoderViT(nn.Module):
         pos = self.table("pos_embed", int(L ** 0.5))
         x = self.patch_embed(take(patches, keep)) + take(pos[:, 1:], keep)  # (B, K, D): only what is kept is embedded
         x = torch.cat([(self.cls_token + pos[:, :1]).expand(B, -1, -1).to(x.dtype), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x), mask, restore
+        return self.norm(self.through(self.blocks, x)), mask, restore
 
     def forward_decoder(self, latent, ids_restore, decoder_keep=1.0):
         """latent (B, 1 + K, D), ids_restore (B, L) -> predicted patches (B, L, P).
@@ -246,8 +251,7 @@ class MaskedAutoencoderViT(nn.Module):
         else:  # attention knows no order: the tokens stay as noise shuffled them, each with its own position
             places = torch.cat([torch.zeros_like(shuffle[:, :1]), shuffle[:, :K + N] + 1], dim=1)
             x = torch.cat([x, masks], dim=1) + take(pos, places)
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self.through(self.decoder_blocks, x)
         if decoder_keep == 1:
             return self.decoder_pred(self.decoder_norm(x))[:, 1:]
         pred = self.decoder_pred(self.decoder_norm(x[:, 1 + K:]))  # (B, N, P)

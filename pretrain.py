@@ -67,6 +67,9 @@ def get_args(argv=None):
                         "paper's, +60 %% FLOPs), or none; accuracy is always on held-out full pictures")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                    help="torch.compile the training step")
+    p.add_argument("--recompute", action="store_true",
+                   help="activation checkpointing: for large models, whose blocks are then computed again in the backward "
+                        "pass (a third more FLOPs) instead of kept in memory")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, crops and masks")
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
@@ -452,6 +455,7 @@ def main(args):
     stages = list(dict.fromkeys(stage_of(name, epoch)[1] for name in schemes for epoch in range(args.epochs)))
     flops = {stage: models_mae.flops_per_image(*stage, args.decoder_keep, **model.settings) for stage in stages}
     model.prepare(*{res // p for res, _ in stages})
+    model.recompute = args.recompute
     step_module = PretrainStep(model, classes, probe, args.decoder_keep).to(device)
     wrapped = step_module
     if world > 1:  # a static graph cannot be told of no_sync, so of accumulation

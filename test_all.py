@@ -747,6 +747,13 @@ def test_loader_in_ffcv_decodes_the_same(folder, tmp_path, threads):
             x, y, w, h = random_box(*full.size, (0.3, 1.0), (3 / 4, 4 / 3), 3, number, i)
             expected = full.crop((x, y, x + w, y + h)).resize((48, 48), Image.Resampling.BICUBIC)
             assert np.abs(image.astype(int) - np.asarray(expected)).mean() < 1.5 and label == reader.labels[i]
+    if threads == 2:  # a damaged sample ends the program instead of leaving it waiting for FFCV's thread
+        data = bytearray((folder / "train.beton").read_bytes())
+        data[reader.ptrs[5] + 200:reader.ptrs[5] + reader.sizes[5]] = bytes(reader.sizes[5] - 200)
+        (tmp_path / "bad.beton").write_bytes(data)
+        done = subprocess.run([sys.executable, "-c", IN_FFCV, tmp_path / "bad.beton", tmp_path / "bad.npz", "2"], timeout=240,
+                              cwd=HERE, capture_output=True, text=True)
+        assert done.returncode != 0 and "sample 5 is damaged" in done.stderr and "KeyboardInterrupt" in done.stderr
 
 
 def test_loader_pages_order_reads_windows(tmp_path, monkeypatch):
@@ -977,6 +984,21 @@ def test_models_prepared_tables_change_nothing():
     other = {k: v * 2 if "pos_embed" in k else v for k, v in model.state_dict().items()}
     model.load_state_dict(other)
     assert torch.equal(model.table("pos_embed", 6), models_mae.resample_table(other["pos_embed"], 6))
+
+
+def test_models_recompute_keeps_less_and_changes_nothing():
+    """With activation checkpointing loss and gradients are the same bits; autograd keeps a fraction of the numbers."""
+    imgs, noise, found = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.rand(4, 16), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model, kept = models_mae.mae_vit_nano_patch8(img_size=32), []
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(imgs, 0.5, noise)[0]
+        loss.backward()
+        found.append((sum(kept), loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    assert found[1][0] < found[0][0] / 3 and torch.equal(found[0][1], found[1][1])
+    assert all(map(torch.equal, found[0][2], found[1][2]))
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
