@@ -1167,9 +1167,9 @@ class _Loader:
         replaced.clear()
 
     def new_bad_samples(self):
-        """bad_samples that no earlier call has returned, over all ranks, which must call it together."""
-        new = {k: v for k, v in self.bad_samples.items() if k not in self._told_bad}
-        self._told_bad.update(new)
+        """{"file: sample number": reason} of those that no earlier call has returned, over all ranks, together."""
+        new = {f"{self.source}: sample {k}": v for k, v in self.bad_samples.items() if k not in self._told_bad}
+        self._told_bad.update(self.bad_samples)
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(found := [None] * torch.distributed.get_world_size(), new)
             new = {k: v for part in found for k, v in part.items()}
@@ -1289,7 +1289,7 @@ class ESSLLoader(_Loader):
     """
 
     def __init__(self, path, batch_size, train=True, **kwargs):
-        self.reader = BetonReader(path)
+        self.reader, self.source = BetonReader(path), str(path)
         self.total, self.classes, self._runs = self.reader.num_samples, self.reader.classes, set()
         super().__init__(batch_size, train, **kwargs)
 
@@ -1392,6 +1392,7 @@ class FolderLoader(_Loader):
         except FileNotFoundError as e:
             raise DataError(f"{folder}: expected one sub-folder of pictures for each class ({e})") from None
         self.samples, self.classes, self.total, self.transform = data.samples, data.classes, len(data), transform
+        self.source = str(folder)
         super().__init__(batch_size, train, **kwargs)
 
     def _host_batches(self, positions, start):

@@ -349,6 +349,8 @@ def main(args):
             check_labels(path, val, model.num_classes, names)
             top1, top5, n = evaluate(model, val, autocast, device)
             say(f"| {Path(path).stem:20} | {top1:6.2f} | {top5:6.2f} | {n:7} |")
+            if found := val.new_bad_samples():  # with --skip-bad
+                say(f"damaged samples, replaced: {found}")
         return
     if args.aug == "rand" and not Path(args.data).is_dir():
         raise SystemExit(f"--aug rand works on Pillow's pictures: --data {args.data} must be an image folder")
@@ -473,15 +475,15 @@ def main(args):
                           data_wait=waited / elapsed, bad_steps=left_out)
             if device.type == "cuda":
                 values["mem"] = torch.cuda.max_memory_allocated() / 2 ** 30  # GiB
-            if args.skip_bad and (found := loader.new_bad_samples()):
-                values["bad_samples"] = found
-                say(f"damaged samples, replaced: {found}")
             if epoch_ends:
                 top1, top5, n = evaluate(model, val, autocast, device)
                 values.update(top1=top1, top5=top5)
                 say(f"epoch {epoch}, stage {stage + 1}, {res} px, {aug}: loss {loss_text}, top-1 {top1:.2f} %, "
                     f"top-5 {top5:.2f} %, {seen / elapsed:.0f} images/s, {waited / elapsed:.1%} waiting"
                     + (f", {left_out} steps left out" if left_out else ""))
+            if found := {**loader.new_bad_samples(), **val.new_bad_samples()}:  # with --skip-bad
+                values["bad_samples"] = found
+                say(f"damaged samples, replaced: {found}")
             if rank == 0:
                 log.write(step, **values)
                 bar.set_postfix(loss=loss_text, img_s=f"{seen / elapsed:.0f}")

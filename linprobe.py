@@ -221,28 +221,30 @@ class LARS(torch.optim.Optimizer):
 
 # --- features
 def store_features(model, loader, path, autocast, told, say):
-    """Features of all of an evaluation loader's pictures as a float16 memory map (n, D), in the file's order.
+    """Features (n, D) and labels (n,) of an evaluation loader's pictures as memory maps, float16 and int64, in its order.
 
-    Each rank writes its own rows. `told` describes what they are of: a map stored for the same is used again.
+    Each rank writes its own rows. `told` describes what they are of: maps stored for the same are used again.
     """
-    note = path.with_suffix(".json")
+    note, labels_path = path.with_suffix(".json"), path.with_name(path.name.replace("features", "labels"))
     if any_rank(torch.tensor([float(not (note.is_file() and json.loads(note.read_text()) == told))])):
         if loader.rank == 0:
             note.unlink(missing_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.float16, (loader.num_samples, model.embed_dim)).flush()
-            with open(path, "r+b") as f:  # a full disk would kill the one who writes to the map
-                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+            for to, kind, shape in (path, np.float16, (loader.num_samples, model.embed_dim)), (
+                    labels_path, np.int64, (loader.num_samples,)):
+                np.lib.format.open_memmap(to, "w+", kind, shape).flush()
+                with open(to, "r+b") as f:  # a full disk would kill the one who writes to the map
+                    os.posix_fallocate(f.fileno(), 0, to.stat().st_size)
         any_rank(torch.zeros(1))  # waits for all
-        rows, at = np.load(path, mmap_mode="r+"), loader.rank
-        for features, _ in tqdm(encoded(model, loader, autocast), path.name, len(loader), disable=loader.rank > 0):
-            rows[at:at + len(features) * loader.world_size:loader.world_size] = features.half().cpu().numpy()
-            at += len(features) * loader.world_size
-        rows.flush()
+        rows, labels, at = np.load(path, mmap_mode="r+"), np.load(labels_path, mmap_mode="r+"), loader.rank
+        for features, y in tqdm(encoded(model, loader, autocast), path.name, len(loader), disable=loader.rank > 0):
+            mine = slice(at, at + len(features) * loader.world_size, loader.world_size)
+            rows[mine], labels[mine], at = features.half().cpu().numpy(), y.cpu().numpy(), mine.stop
+        rows.flush(), labels.flush()
         any_rank(torch.zeros(1))
         if loader.rank == 0:
             note.write_text(json.dumps(told))
         say(f"{path}: {rows.shape[0]:,} x {rows.shape[1]} features stored")
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r"), np.load(labels_path, mmap_mode="r")
 
 
 def stamp(path):
@@ -335,9 +337,12 @@ def main(args):
         f"{val.num_samples:,} pictures, {classes} classes; {device.type} x {world}")
     if stored:
         told = dict(pool=args.pool, size=size, model=vit, weights=stamp(begin) if begin else args.seed)
-        bank, val_rows = (store_features(model, data, folder / f"features_{name}.npy", autocast,
-                                         dict(told, data=stamp(path)), say)
-                          for name, path, data in (("train", args.data, loader), ("val", args.val_data, val)))
+        (bank, labels), (val_rows, val_labels) = (
+            store_features(model, data, folder / f"features_{name}.npy", autocast, dict(told, data=stamp(path)), say)
+            for name, path, data in (("train", args.data, loader), ("val", args.val_data, val)))
+
+    if found := {**loader.new_bad_samples(), **val.new_bad_samples()}:  # with --skip-bad, while features were stored
+        say(f"damaged samples, replaced: {found}")
 
     def val_batches(size=args.batch_size):
         if not stored:
@@ -347,7 +352,7 @@ def main(args):
     # --- kNN
     if args.knn:
         rows = torch.from_numpy(np.array(bank)).to(device, torch.float16 if device.type == "cuda" else torch.float32)
-        score = knn_scores(rows, torch.from_numpy(labels).to(device), classes)
+        score = knn_scores(rows, torch.from_numpy(np.array(labels)).to(device), classes)
         top1, top5, n = accuracy(score, val_batches(max(1, min(512, 2 ** 26 // len(bank)))), device)
         say(f"done: kNN on {args.pool} features, k 20, temperature 0.07, top-1 {top1:.2f} %, top-5 {top5:.2f} % of {n} "
             f"pictures, {time.strftime('%H:%M:%S', time.gmtime(time.time() - start))} h")
@@ -439,7 +444,7 @@ def main(args):
             count = seen - (left_out - before)
             values = dict(epoch=epoch, loss=total.item() / count / world if count else None, lr=lr, top1=top1,
                           top5=top5, bad_steps=left_out, img_s=seen * args.total_batch / (time.time() - clock))
-            if args.skip_bad and (found := {**loader.new_bad_samples(), **val.new_bad_samples()}):
+            if found := {**loader.new_bad_samples(), **val.new_bad_samples()}:  # with --skip-bad
                 values["bad_samples"] = found
                 say(f"damaged samples, replaced: {found}")
             say(f"epoch {epoch} loss {values['loss'] or math.nan:.4f}, top-1 {top1:.2f} %, {values['img_s']:.0f} images/s"

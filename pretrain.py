@@ -610,11 +610,12 @@ def main(args):
                 values["mfu"] = values["tflops"] / peak
             if device.type == "cuda":
                 values["mem"] = torch.cuda.max_memory_allocated() / 2 ** 30  # GiB
-            if args.skip_bad and (found := loader.new_bad_samples()):
-                values["bad_samples"] = found
-                say(f"damaged samples, replaced: {found}")
             if epoch_ends and val and ((epoch + 1) % probe_every == 0 or epoch + 1 == args.epochs):
                 top1 = values["probe_top1"] = probe_accuracy(step_module, val, autocast, device)
+            found = {k: v for data in (loader, val) if data for k, v in data.new_bad_samples().items()}
+            if found:  # with --skip-bad
+                values["bad_samples"] = found
+                say(f"damaged samples, replaced: {found}")
             if rank == 0:
                 log.write(step, **values)
                 bar.set_postfix(loss=loss_text, img_s=f"{seen / elapsed:.0f}")
