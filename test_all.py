@@ -1806,7 +1806,7 @@ def fuzz(whole_path, out, first, count):
                 except DataError:
                     continue  # damaged outside of the crop
                 off = np.abs(np.asarray(exact).astype(int) - found[i].permute(1, 2, 0).numpy()).mean()
-                tally["unlike"] += off > 6  # noise has sharp chroma, whose upsampling differs
+                tally["unlike"] += int(off > 6)  # noise has sharp chroma, whose upsampling differs
             loader.close()
         except (DataError, ValueError):
             tally["refused"] += 1
