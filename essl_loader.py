@@ -26,6 +26,7 @@ from pathlib import Path
 
 import llvmlite.binding
 import llvmlite.ir as ir
+import numba
 import numpy as np
 import torch
 from numba import carray, njit, objmode, types
@@ -86,10 +87,10 @@ def drop_old_kernels(cache):
     index, and a process reading in between would run it.
     """
     source, note = Path(__file__), cache / f"{Path(__file__).stem}.version"
-    version = f"{source.stat().st_mtime_ns} {source.stat().st_size}"
+    version = f"{source.stat().st_mtime_ns} {source.stat().st_size} {numba.__version__}"
     with contextlib.suppress(OSError):  # numba does without a cache where it cannot write
         if not (note.is_file() and note.read_text() == version):
-            for old in cache.glob(f"{source.stem}.*.nb[ic]"):
+            for old in [*cache.glob(f"{source.stem}.*.nb[ic]"), *cache.glob("bench_loader.*.nb[ic]")]:  # holds ours too
                 old.unlink(missing_ok=True)
             cache.mkdir(parents=True, exist_ok=True)
             note.write_text(version)
@@ -775,6 +776,7 @@ Scratch = namedtuple("Scratch", "tj info starts raw clean tables orders coefs wo
                                 "acc a b resized")
 Job = namedtuple("Job", "fd modes widths heights ptrs sizes wanted ids draws control done addresses status "
                         "train res batch_size bicubic seed epoch scale ratio hflip crop_ratio skip_bad")
+MOST_TRIES = 100  # samples tried in the place of a damaged one: more damage than that is no accident
 NEXT, LIMIT = 0, 1  # control: the next ticket (position in the epoch) to hand out, and the first that must wait
 
 
@@ -886,7 +888,9 @@ def fill(job, scratch):
         address = job.addresses[slot] + row * 3 * job.res * job.res
         code = fill_row(job, scratch, i, draw, address)
         job.status[slot, row] = code
-        for step in range(1, n if job.skip_bad and code != OK else 1):
+        for step in range(1, min(n, MOST_TRIES) if job.skip_bad and code != OK else 1):
+            if job.control[LIMIT] < 0:
+                break  # stopped
             i = job.wanted[(ticket + step) % n]
             code = fill_row(job, scratch, i, draw, address)
             if code == OK:
@@ -975,7 +979,8 @@ class BetonReader:
         except (ValueError, AttributeError):
             raise self._wrong("its build settings are garbled") from None
         if self.settings and self.settings.get("checksum") != tables_checksum(header, self.settings, samples, alloc):
-            raise self._wrong("the checksum over its header and tables does not match")
+            raise self._wrong("the checksum over its header and tables does not match, or an earlier "
+                              "build_beton.py made it")
         self._check_samples(samples[f"f{image}"], alloc, HEADER.itemsize + descriptors.nbytes + samples.nbytes, end)
         self.labels = (samples[f"f{kinds.index(1)}"] if 1 in kinds else np.zeros(n)).astype(np.int64)
         self.num_samples = n
@@ -1165,6 +1170,9 @@ class _Loader:
         self.num_replaced += len(replaced)
         self.bad_samples.update(replaced)
         replaced.clear()
+        if len(self.bad_samples) > max(10, self.num_samples // 100):
+            raise DataError(f"{self.source}: over 1 % of its {self.num_samples:,} samples are damaged, more than "
+                            f"skip_bad makes up for; the first: {next(iter(self.bad_samples.items()))}. Is it whole?")
 
     def new_bad_samples(self):
         """{"file: sample number": reason} of those that no earlier call has returned, over all ranks, together."""
@@ -1350,7 +1358,7 @@ class _Pictures(torch.utils.data.Dataset):
         """(picture, label, reason why the one at the position was passed over or "")."""
         from torchvision.datasets.folder import default_loader
         reason = ""
-        for step in range(len(self.indices) if self.skip_bad else 1):
+        for step in range(min(len(self.indices), MOST_TRIES) if self.skip_bad else 1):
             path, label = self.samples[self.indices[(position + step) % len(self.indices)]]
             try:
                 return default_loader(path), label, reason
@@ -1439,8 +1447,8 @@ def ffcv_decoder(output_size=(224, 224), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
     """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder: decodes only the crop (the paper's ESSL).
 
     Pipelines as in FFCV's documentation, e.g. {"image": [ffcv_decoder(), RandomHorizontalFlip(), ToTensor(), ...]};
-    uint8 (B, res, res, 3). Crops are a function of (seed, number of the batch, sample). A damaged sample is named on stderr
-    and interrupts the program (KeyboardInterrupt).
+    uint8 (B, res, res, 3). Crops are a function of (seed, number of the batch, sample). A damaged sample is named on
+    stderr and interrupts the program (KeyboardInterrupt).
     """
     from dataclasses import replace
 

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 8 finetune.py --finetune runs/pretrain/last.pt --scheme s1  # ImageNet-1k, the paper's run
     python finetune.py --eval --resume runs/finetune/best.pt --val-data data/val_500_100.beton data/val_256_90.beton
 
-A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt, previous.pt and best.pt. Run the same command again and it
-goes on where it stopped. The last line is the result:
+A run's folder holds args.json, log.jsonl, TensorBoard events, last.pt, previous.pt and best.pt. Run the same command
+again and it goes on where it stopped. The last line is the result:
     done: 10 epochs, top-1 96.00 %, top-5 100.00 % of 200 pictures (best 96.50 %), 0:01:12 h, runs/finetune/last.pt
 """
 import argparse
@@ -16,7 +16,7 @@ import random
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -70,17 +70,17 @@ def get_args(argv=None):
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
-    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples, and name them, instead of stopping")
+    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples and name them, do not stop")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
     p.add_argument("--save-minutes", type=float, default=10, help="minutes after which one is written within an epoch")
     p.add_argument("--max-bad-steps", type=int, default=20,
-                   help="steps in a row left out for a loss or gradient that is not finite, before the run goes back to "
-                        "the last good checkpoint; the second time it stops")
+                   help="steps in a row left out for a loss or gradient that is not finite, before the run goes back "
+                        "to the last good checkpoint; the second time it stops")
     argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
     argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
     args = p.parse_args(argv)
-    if args.epochs < 1 or args.batch_size < 1 or args.save_every < 1:
-        p.error("--epochs, --batch-size and --save-every must be at least 1")
+    if args.epochs < 1 or args.batch_size < 1 or min(args.save_every, args.max_bad_steps) < 1:
+        p.error("--epochs, --batch-size, --save-every and --max-bad-steps must be at least 1")
     if not args.eval and (args.finetune is None or len(args.val_data) > 1):
         p.error("training needs --finetune CHECKPOINT, or --finetune none for from scratch, and one --val-data")
     if not args.eval and args.mixup + args.cutmix > 0 and args.batch_size % 2:
@@ -102,12 +102,23 @@ def setup(seed):
     torch.manual_seed(seed)
     stop = torch.zeros(1)  # becomes 1 on the rank that was signalled; the ranks agree on it once a step
 
+    first = []
+
     def on_signal(number, frame):
         stop.fill_(1)
-        signal.signal(number, signal.SIG_DFL)  # a second one of its kind ends the process at once
+        first.append(time.time())
+        if first[-1] - first[0] > 5:  # a shell and torchrun may both send the first
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: Slurm's --signal, ahead of the time limit
         signal.signal(s, on_signal)
     return rank, world, device, stop
+
+
+def tell(text, file=None):
+    """A line above the progress bar; where nobody can take it, a full disk or a closed pipe, the training goes on."""
+    with suppress(OSError):
+        tqdm.write(text, file=file)
 
 
 def any_rank(flag):
@@ -119,7 +130,7 @@ def any_rank(flag):
 
 
 def guarded_step(optimizer, loss, statistics=()):
-    """optimizer.step(), left out on all ranks where the loss or a gradient is not finite on one; never waits for a GPU.
+    """optimizer.step(), left out on all ranks where loss or a gradient is not finite on one; never waits for a GPU.
 
     optimizer: heeds `found_inf`, as fused AdamW does. statistics: pairs (buffer, its value before the step), put back
     then. Returns 1.0 if the step was left out, else 0.0, on the device.
@@ -137,7 +148,7 @@ def guarded_step(optimizer, loss, statistics=()):
 
 
 class BadSteps:
-    """Counts the steps that guarded_step left out: in all, in a row up to now, and the longest row since it was read."""
+    """Counts the steps that guarded_step left out: in all, in a row up to now, the longest row since it was read."""
 
     def __init__(self, device):
         self.counts = torch.zeros(3, device=device)
@@ -153,13 +164,18 @@ class BadSteps:
 
 
 class RunFolder:
-    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, the training goes
-    on; it is said, the log's lines wait for the next time, and end() makes the exit code 1.
+    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, it is said, the
+    training goes on, the log's lines wait for the next time, and end() makes the exit code 1.
 
-    A resumed run drops the log's lines after the step that it resumes from.
+    A resumed run drops the log's lines after the step that it resumes from. Checkpoints that are not gone on from get
+    other names.
     """
 
-    def __init__(self, folder, step):
+    def __init__(self, folder, step, source):
+        from_here = source.name if source and source.resolve().parent == folder.resolve() else None
+        for old in folder / "last.pt", folder / "previous.pt":
+            if old.is_file() and from_here not in ("last.pt", old.name):
+                os.replace(old, old.with_suffix(".old.pt"))
         self.folder, self.path, self.waiting, self.failed = folder, folder / "log.jsonl", b"", []
         lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
         aside = folder / ".log.jsonl.tmp"
@@ -168,13 +184,15 @@ class RunFolder:
         self.board = SummaryWriter(folder, purge_step=step)
 
     def attempt(self, what, write, *args):
-        """write(*args), or False and a line about it where that fails; torch.save makes a RuntimeError of a full disk."""
+        """write(*args), or False and a line about it; torch.save makes a RuntimeError of a full disk."""
         try:
             write(*args)
         except (OSError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not isinstance(e.__context__, OSError) and "container" not in str(e):
+                raise  # not the disk's
             self.failed.append(what)
             e = e.__context__ if isinstance(e.__context__, OSError) else e
-            tqdm.write(f"{self.folder / what} could not be written ({e}): the training goes on", file=sys.stderr)
+            tell(f"{self.folder / what} could not be written ({e}): the training goes on", sys.stderr)
             return False
         return True
 
@@ -322,7 +340,7 @@ def main(args):
 
     def say(text):
         if rank == 0:
-            tqdm.write(text)
+            tell(text)
 
     # --- weights: of the run to go on with, else of the pretrained encoder
     last = folder / "last.pt"
@@ -350,7 +368,7 @@ def main(args):
             top1, top5, n = evaluate(model, val, autocast, device)
             say(f"| {Path(path).stem:20} | {top1:6.2f} | {top5:6.2f} | {n:7} |")
             if found := val.new_bad_samples():  # with --skip-bad
-                say(f"damaged samples, replaced: {found}")
+                say(f"{len(found)} damaged samples replaced: {', '.join(list(found)[:5])}")
         return
     if args.aug == "rand" and not Path(args.data).is_dir():
         raise SystemExit(f"--aug rand works on Pillow's pictures: --data {args.data} must be an image folder")
@@ -410,7 +428,7 @@ def main(args):
             (folder / "args.json").write_text(json.dumps({**vars(args), "world_size": world}, indent=1))
         except OSError as e:
             raise SystemExit(f"--output-dir {folder} cannot be written: {e.strerror}. Name a folder that can.")
-        log = RunFolder(folder, step)
+        log = RunFolder(folder, step, source)
         bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def checkpoint(name):
@@ -483,16 +501,16 @@ def main(args):
                     + (f", {left_out} steps left out" if left_out else ""))
             if found := {**loader.new_bad_samples(), **val.new_bad_samples()}:  # with --skip-bad
                 values["bad_samples"] = found
-                say(f"damaged samples, replaced: {found}")
+                say(f"{len(found)} damaged samples replaced: {', '.join(list(found)[:5])}")
             if rank == 0:
                 log.write(step, **values)
                 bar.set_postfix(loss=loss_text, img_s=f"{seen / elapsed:.0f}")
             total.zero_()
             seen, waited, clock = 0, 0.0, time.time()
             if longest >= args.max_bad_steps:
-                found = (f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite (epoch "
-                         f"{epoch}, lr {lr:.2e}, {left_out} such steps in all)")
-                good = find_checkpoint(folder, "auto", say)
+                found = (f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite "
+                         f"(epoch {epoch}, lr {lr:.2e}, {left_out} such steps in all)")
+                good = find_checkpoint(folder, "auto", say) or source
                 if went_back or good is None:
                     raise SystemExit(f"{found}{', again' * went_back}; {good or 'no checkpoint'} is the last good one. "
                                      "Try a lower --blr or a longer --warmup-epochs")

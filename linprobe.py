@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ def get_args(argv=None):
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
-    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples, and name them, instead of stopping")
+    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples and name them, do not stop")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
     p.add_argument("--save-minutes", type=float, default=10, help="minutes after which one is written within an epoch")
     p.add_argument("--max-bad-steps", type=int, default=20,
@@ -64,8 +64,8 @@ def get_args(argv=None):
     argv = [a.split("=", 1) for a in (sys.argv[1:] if argv is None else argv)]
     argv = ["=".join([a[0].replace("_", "-") if a[0].startswith("--") else a[0], *a[1:]]) for a in argv]
     args = p.parse_args(argv)
-    if args.epochs < 1 or args.batch_size < 1 or args.save_every < 1:
-        p.error("--epochs, --batch-size and --save-every must be at least 1")
+    if args.epochs < 1 or args.batch_size < 1 or min(args.save_every, args.max_bad_steps) < 1:
+        p.error("--epochs, --batch-size, --save-every and --max-bad-steps must be at least 1")
     return args
 
 
@@ -83,12 +83,23 @@ def setup(seed):
     torch.manual_seed(seed)
     stop = torch.zeros(1)  # becomes 1 on the rank that was signalled; the ranks agree on it once a step
 
+    first = []
+
     def on_signal(number, frame):
         stop.fill_(1)
-        signal.signal(number, signal.SIG_DFL)  # a second one of its kind ends the process at once
+        first.append(time.time())
+        if first[-1] - first[0] > 5:  # a shell and torchrun may both send the first
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: Slurm's --signal, ahead of the time limit
         signal.signal(s, on_signal)
     return rank, world, device, stop
+
+
+def tell(text, file=None):
+    """A line above the progress bar; where nobody can take it, a full disk or a closed pipe, the training goes on."""
+    with suppress(OSError):
+        tqdm.write(text, file=file)
 
 
 def any_rank(flag):
@@ -100,7 +111,7 @@ def any_rank(flag):
 
 
 def guarded_step(optimizer, loss, statistics=()):
-    """optimizer.step(), left out on all ranks where the loss or a gradient is not finite on one; never waits for a GPU.
+    """optimizer.step(), left out on all ranks where loss or a gradient is not finite on one; never waits for a GPU.
 
     optimizer: heeds `found_inf`, as fused AdamW does. statistics: pairs (buffer, its value before the step), put back
     then. Returns 1.0 if the step was left out, else 0.0, on the device.
@@ -118,7 +129,7 @@ def guarded_step(optimizer, loss, statistics=()):
 
 
 class BadSteps:
-    """Counts the steps that guarded_step left out: in all, in a row up to now, and the longest row since it was read."""
+    """Counts the steps that guarded_step left out: in all, in a row up to now, the longest row since it was read."""
 
     def __init__(self, device):
         self.counts = torch.zeros(3, device=device)
@@ -134,13 +145,18 @@ class BadSteps:
 
 
 class RunFolder:
-    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, the training goes
-    on; it is said, the log's lines wait for the next time, and end() makes the exit code 1.
+    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, it is said, the
+    training goes on, the log's lines wait for the next time, and end() makes the exit code 1.
 
-    A resumed run drops the log's lines after the step that it resumes from.
+    A resumed run drops the log's lines after the step that it resumes from. Checkpoints that are not gone on from get
+    other names.
     """
 
-    def __init__(self, folder, step):
+    def __init__(self, folder, step, source):
+        from_here = source.name if source and source.resolve().parent == folder.resolve() else None
+        for old in folder / "last.pt", folder / "previous.pt":
+            if old.is_file() and from_here not in ("last.pt", old.name):
+                os.replace(old, old.with_suffix(".old.pt"))
         self.folder, self.path, self.waiting, self.failed = folder, folder / "log.jsonl", b"", []
         lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
         aside = folder / ".log.jsonl.tmp"
@@ -149,13 +165,15 @@ class RunFolder:
         self.board = SummaryWriter(folder, purge_step=step)
 
     def attempt(self, what, write, *args):
-        """write(*args), or False and a line about it where that fails; torch.save makes a RuntimeError of a full disk."""
+        """write(*args), or False and a line about it; torch.save makes a RuntimeError of a full disk."""
         try:
             write(*args)
         except (OSError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not isinstance(e.__context__, OSError) and "container" not in str(e):
+                raise  # not the disk's
             self.failed.append(what)
             e = e.__context__ if isinstance(e.__context__, OSError) else e
-            tqdm.write(f"{self.folder / what} could not be written ({e}): the training goes on", file=sys.stderr)
+            tell(f"{self.folder / what} could not be written ({e}): the training goes on", sys.stderr)
             return False
         return True
 
@@ -221,12 +239,17 @@ class LARS(torch.optim.Optimizer):
 
 # --- features
 def store_features(model, loader, path, autocast, told, say):
-    """Features (n, D) and labels (n,) of an evaluation loader's pictures as memory maps, float16 and int64, in its order.
+    """Features (n, D) and labels (n,) of an evaluation loader's pictures as memory maps, float16 and int64.
 
     Each rank writes its own rows. `told` describes what they are of: maps stored for the same are used again.
     """
+    def is_stored():
+        try:
+            return json.loads(note.read_text()) == told and path.is_file() and labels_path.is_file()
+        except (OSError, ValueError):
+            return False
     note, labels_path = path.with_suffix(".json"), path.with_name(path.name.replace("features", "labels"))
-    if any_rank(torch.tensor([float(not (note.is_file() and json.loads(note.read_text()) == told))])):
+    if any_rank(torch.tensor([float(not is_stored())])):
         if loader.rank == 0:
             note.unlink(missing_ok=True)
             for to, kind, shape in (path, np.float16, (loader.num_samples, model.embed_dim)), (
@@ -301,7 +324,7 @@ def main(args):
 
     def say(text):
         if rank == 0:
-            tqdm.write(text)
+            tell(text)
 
     # --- model: frozen
     begin = None if args.checkpoint == "none" else args.checkpoint
@@ -342,7 +365,7 @@ def main(args):
             for name, path, data in (("train", args.data, loader), ("val", args.val_data, val)))
 
     if found := {**loader.new_bad_samples(), **val.new_bad_samples()}:  # with --skip-bad, while features were stored
-        say(f"damaged samples, replaced: {found}")
+        say(f"{len(found)} damaged samples replaced: {', '.join(list(found)[:5])}")
 
     def val_batches(size=args.batch_size):
         if not stored:
@@ -394,7 +417,7 @@ def main(args):
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         step, (top1, top5, n) = state["step"], state["result"]
-    log = RunFolder(folder, step) if rank == 0 else None
+    log = RunFolder(folder, step, source) if rank == 0 else None
 
     def checkpoint():
         """Whether it is written, on rank 0."""
@@ -446,14 +469,14 @@ def main(args):
                           top5=top5, bad_steps=left_out, img_s=seen * args.total_batch / (time.time() - clock))
             if found := {**loader.new_bad_samples(), **val.new_bad_samples()}:  # with --skip-bad
                 values["bad_samples"] = found
-                say(f"damaged samples, replaced: {found}")
-            say(f"epoch {epoch} loss {values['loss'] or math.nan:.4f}, top-1 {top1:.2f} %, {values['img_s']:.0f} images/s"
-                + (f", {left_out} steps left out" if left_out else ""))
+                say(f"{len(found)} damaged samples replaced: {', '.join(list(found)[:5])}")
+            say(f"epoch {epoch} loss {values['loss'] or math.nan:.4f}, top-1 {top1:.2f} %, {values['img_s']:.0f} "
+                "images/s" + (f", {left_out} steps left out" if left_out else ""))
             if rank == 0:
                 log.write(step, **values)
             if longest >= args.max_bad_steps:
-                raise SystemExit(f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite "
-                                 f"({left_out} such steps in all). The encoder is frozen: try a lower --blr")
+                raise SystemExit(f"{longest} steps in a row up to step {step} were left out: loss or gradient not "
+                                 f"finite ({left_out} such steps in all). The encoder is frozen: try a lower --blr")
             total.zero_()
             seen, clock = 0, time.time()
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -357,9 +358,18 @@ def save_checkpoint(state, path, keep=None):
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        zipfile.ZipFile(aside).close()  # its end can be read
+        try:
+            zipfile.ZipFile(aside).close()  # its end can be read
+        except zipfile.BadZipFile as e:
+            raise OSError(f"what was written cannot be read back: {e}") from e
         if keep and path.is_file():
-            os.replace(path, keep)
+            link = keep.with_name(f".{keep.name}.tmp")
+            try:
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+                os.replace(link, keep)
+            except OSError:  # a file system without links: for a moment there is no `path`
+                os.replace(path, keep)
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -367,26 +377,41 @@ def save_checkpoint(state, path, keep=None):
         raise
 
 
+def find_damage(path):
+    """What is wrong with a torch file by its checksums, which torch.load does not look at; None if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            return z.testzip()
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # a damaged file can raise anything
+        return e
+
+
 def find_checkpoint(folder, resume, say):
-    """The checkpoint of --resume: of `auto`, the newest in the run's folder whose checksums hold, or None."""
-    if resume != "auto":
-        return None if resume == "none" else Path(resume)
-    damaged = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        try:
-            with zipfile.ZipFile(path) as z:
-                if not (wrong := z.testzip()):
-                    if damaged:
-                        say(f"{damaged[0]}: going on from the one before, {path}")
-                    return path
-        except FileNotFoundError:
-            continue
-        except Exception as e:  # a damaged file can raise anything
-            wrong = e
-        damaged.append(f"{path} is damaged ({wrong})")
-    if damaged:
-        raise WeightsError(f"{'; '.join(damaged)}. Name another --resume CHECKPOINT, or start anew: --resume none")
-    return None
+    """The checkpoint of --resume: of `auto`, the newest in the run's folder whose checksums hold, or None.
+
+    Rank 0 looks, and all ranks get what it found. Raises WeightsError where all that is there is damaged.
+    """
+    found, damaged = [None], []
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        names = {"auto": (folder / "last.pt", folder / "previous.pt"), "none": ()}.get(resume, (Path(resume),))
+        for path in (path for path in names if path.is_file() or resume != "auto"):
+            wrong = find_damage(path) if path.is_file() else "there is no such file"
+            if wrong is None:
+                found = [path]
+                break
+            damaged.append(f"{path} is damaged ({wrong})")
+        if damaged and found[0]:
+            say(f"{damaged[0]}: going on from the one before, {found[0]}")
+        elif damaged:
+            found = [WeightsError(f"{'; '.join(damaged)}. Name another --resume CHECKPOINT, or start anew: "
+                                  "--resume none")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    if isinstance(found[0], WeightsError):
+        raise found[0]
+    return found[0]
 
 
 # ViTMAEForPreTraining's names -> the official ones, in this order; its decoder is not read
@@ -417,6 +442,8 @@ def read_weights(path):
     count is told by ours, and by Hugging Face's config.json beside the file.
     """
     try:
+        if zipfile.is_zipfile(path) and (wrong := find_damage(path)):
+            raise ValueError(f"it is damaged: {wrong}")
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file  # timm brings it
             state = load_file(path)

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -68,18 +68,18 @@ def get_args(argv=None):
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                    help="torch.compile the training step")
     p.add_argument("--recompute", action="store_true",
-                   help="activation checkpointing: for large models, whose blocks are then computed again in the backward "
-                        "pass (a third more FLOPs) instead of kept in memory")
+                   help="activation checkpointing: for large models, whose blocks are then computed again in the "
+                        "backward pass (a third more FLOPs) instead of kept in memory")
     p.add_argument("--seed", type=int, default=0, help="of weights, order, crops and masks")
     p.add_argument("--resume", default="auto", help="auto: go on from the run's last.pt if there; none; a checkpoint")
     p.add_argument("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     p.add_argument("--preload", action="store_true", help="read the training file into memory's page cache first")
-    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples, and name them, instead of stopping")
+    p.add_argument("--skip-bad", action="store_true", help="replace damaged samples and name them, do not stop")
     p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
     p.add_argument("--save-minutes", type=float, default=10, help="minutes after which one is written within an epoch")
     p.add_argument("--max-bad-steps", type=int, default=20,
-                   help="steps in a row left out for a loss or gradient that is not finite, before the run goes back to "
-                        "the last good checkpoint; the second time it stops")
+                   help="steps in a row left out for a loss or gradient that is not finite, before the run goes back "
+                        "to the last good checkpoint; the second time it stops")
     p.add_argument("--viz-every", type=int, default=20, help="epochs between reconstruction pictures; also at the end")
     p.add_argument("--bench", action="store_true", help="only measure the scheme's stages, next to a plain eager model")
     p.add_argument("--plan", action="store_true", help="only measure, and say how long every scheme would take here")
@@ -92,8 +92,8 @@ def get_args(argv=None):
     if "--demo" in argv:
         p.set_defaults(**DEMO)  # what the command line names still wins
     args = p.parse_args(argv)
-    if min(args.epochs, args.batch_size, args.save_every, args.steps, args.gpus) < 1:
-        p.error("--epochs, --batch-size, --save-every, --steps and --gpus must be at least 1")
+    if min(args.epochs, args.batch_size, args.save_every, args.max_bad_steps, args.steps, args.gpus) < 1:
+        p.error("--epochs, --batch-size, --save-every, --max-bad-steps, --steps and --gpus must be at least 1")
     if not 0 < args.decoder_keep <= 1:
         p.error(f"--decoder-keep {args.decoder_keep}: expected a share above 0, at most 1")
     return args
@@ -113,12 +113,23 @@ def setup(seed):
     torch.manual_seed(seed)
     stop = torch.zeros(1)  # becomes 1 on the rank that was signalled; the ranks agree on it once a step
 
+    first = []
+
     def on_signal(number, frame):
         stop.fill_(1)
-        signal.signal(number, signal.SIG_DFL)  # a second one of its kind ends the process at once
+        first.append(time.time())
+        if first[-1] - first[0] > 5:  # a shell and torchrun may both send the first
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: Slurm's --signal, ahead of the time limit
         signal.signal(s, on_signal)
     return rank, world, device, stop
+
+
+def tell(text, file=None):
+    """A line above the progress bar; where nobody can take it, a full disk or a closed pipe, the training goes on."""
+    with suppress(OSError):
+        tqdm.write(text, file=file)
 
 
 def any_rank(flag):
@@ -130,7 +141,7 @@ def any_rank(flag):
 
 
 def guarded_step(optimizer, loss, statistics=()):
-    """optimizer.step(), left out on all ranks where the loss or a gradient is not finite on one; never waits for a GPU.
+    """optimizer.step(), left out on all ranks where loss or a gradient is not finite on one; never waits for a GPU.
 
     optimizer: heeds `found_inf`, as fused AdamW does. statistics: pairs (buffer, its value before the step), put back
     then. Returns 1.0 if the step was left out, else 0.0, on the device.
@@ -148,7 +159,7 @@ def guarded_step(optimizer, loss, statistics=()):
 
 
 class BadSteps:
-    """Counts the steps that guarded_step left out: in all, in a row up to now, and the longest row since it was read."""
+    """Counts the steps that guarded_step left out: in all, in a row up to now, the longest row since it was read."""
 
     def __init__(self, device):
         self.counts = torch.zeros(3, device=device)
@@ -164,13 +175,18 @@ class BadSteps:
 
 
 class RunFolder:
-    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, the training goes
-    on; it is said, the log's lines wait for the next time, and end() makes the exit code 1.
+    """What rank 0 writes of a run: checkpoints, log.jsonl, TensorBoard events. Where the disk refuses, it is said, the
+    training goes on, the log's lines wait for the next time, and end() makes the exit code 1.
 
-    A resumed run drops the log's lines after the step that it resumes from.
+    A resumed run drops the log's lines after the step that it resumes from. Checkpoints that are not gone on from get
+    other names.
     """
 
-    def __init__(self, folder, step):
+    def __init__(self, folder, step, source):
+        from_here = source.name if source and source.resolve().parent == folder.resolve() else None
+        for old in folder / "last.pt", folder / "previous.pt":
+            if old.is_file() and from_here not in ("last.pt", old.name):
+                os.replace(old, old.with_suffix(".old.pt"))
         self.folder, self.path, self.waiting, self.failed = folder, folder / "log.jsonl", b"", []
         lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
         aside = folder / ".log.jsonl.tmp"
@@ -179,13 +195,15 @@ class RunFolder:
         self.board = SummaryWriter(folder, purge_step=step)
 
     def attempt(self, what, write, *args):
-        """write(*args), or False and a line about it where that fails; torch.save makes a RuntimeError of a full disk."""
+        """write(*args), or False and a line about it; torch.save makes a RuntimeError of a full disk."""
         try:
             write(*args)
         except (OSError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not isinstance(e.__context__, OSError) and "container" not in str(e):
+                raise  # not the disk's
             self.failed.append(what)
             e = e.__context__ if isinstance(e.__context__, OSError) else e
-            tqdm.write(f"{self.folder / what} could not be written ({e}): the training goes on", file=sys.stderr)
+            tell(f"{self.folder / what} could not be written ({e}): the training goes on", sys.stderr)
             return False
         return True
 
@@ -328,10 +346,11 @@ def save_reconstructions(model, images, mask_ratio, path):
     A model trained on normalised patches predicts patches of mean 0 and variance 1: its output is shown with each
     patch's own mean and deviation.
     """
-    model.eval()
     p, L = model.patch_size, (images.shape[-1] // model.patch_size) ** 2
     noise = torch.rand(len(images), L, generator=torch.Generator().manual_seed(0)).to(images.device)
+    model.eval()
     _, pred, mask = model(images, mask_ratio, noise)
+    model.train()
     patches = model.patches(images)
     if model.norm_pix_loss:
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
@@ -340,7 +359,6 @@ def save_reconstructions(model, images, mask_ratio, path):
     rows = torch.stack([patches, patches * (1 - mask), patches * (1 - mask) + pred * mask], dim=1).flatten(0, 1)
     pixels = (models_mae.unpatchify(rows, p) * model.std + model.mean).clamp(0, 1)
     save_image(pixels, path, nrow=3 * 4)
-    model.train()
 
 
 # --- measure
@@ -398,7 +416,7 @@ def main(args):
 
     def say(text):
         if rank == 0:
-            tqdm.write(text)
+            tell(text)
     if args.demo and not (Path(args.data).exists() and Path(args.val_data).exists()) and rank == 0:
         subprocess.run([sys.executable, Path(__file__).with_name("build_beton.py"), "--demo"], check=True)
     if world > 1:
@@ -548,7 +566,7 @@ def main(args):
     log = bar = None
     if rank == 0:
         (folder / "args.json").write_text(json.dumps({**vars(args), "world_size": world}, indent=1))
-        log = RunFolder(folder, step)
+        log = RunFolder(folder, step, source)
         bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def checkpoint(name, step):
@@ -564,7 +582,7 @@ def main(args):
         f"{hardware}, {loader.num_workers} loader threads" + (f"; from {source}, step {step}" if source else ""))
 
     # --- train
-    mask_rng, bad_steps, went_back, left_out = torch.Generator(device), BadSteps(device), False, 0
+    mask_rng, bad_steps, went_back, left_out, loss_text = torch.Generator(device), BadSteps(device), False, 0, None
     total, seen, waited, clock, mean_loss, top1 = torch.zeros((), device=device), 0, 0.0, time.time(), None, None
     log_every, saved_at, last_stage, batches = min(50, steps_per_epoch), time.time(), None, None
     while step < steps:
@@ -615,7 +633,7 @@ def main(args):
             found = {k: v for data in (loader, val) if data for k, v in data.new_bad_samples().items()}
             if found:  # with --skip-bad
                 values["bad_samples"] = found
-                say(f"damaged samples, replaced: {found}")
+                say(f"{len(found)} damaged samples replaced: {', '.join(list(found)[:5])}")
             if rank == 0:
                 log.write(step, **values)
                 bar.set_postfix(loss=loss_text, img_s=f"{seen / elapsed:.0f}")
@@ -627,9 +645,9 @@ def main(args):
             total.zero_()
             seen, waited, clock = 0, 0.0, time.time()
             if longest >= args.max_bad_steps:
-                found = (f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite (epoch "
-                         f"{epoch}, lr {lr:.2e}, {left_out} such steps in all)")
-                good = find_checkpoint(folder, "auto", say)
+                found = (f"{longest} steps in a row up to step {step} were left out: loss or gradient not finite "
+                         f"(epoch {epoch}, lr {lr:.2e}, {left_out} such steps in all)")
+                good = find_checkpoint(folder, "auto", say) or source
                 if went_back or good is None:
                     raise SystemExit(f"{found}{', again' * went_back}; {good or 'no checkpoint'} is the last good one. "
                                      "Try a lower --blr or a longer --warmup-epochs")
@@ -659,11 +677,11 @@ def main(args):
         if stopping and step < steps:
             raise SystemExit(f"stopped by a signal at step {step}; {last} is " + (
                 "written: the same command goes on there" if written or rank else "not, see above"))
-    if mean_loss is None:
+    if loss_text is None:
         say(f"{last} is of a finished run: {args.epochs} epochs")
     else:
         hours = f"{int(time.time() - start) // 3600}:{time.strftime('%M:%S', time.gmtime(time.time() - start))}"
-        say(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {mean_loss:.3f}, "
+        say(f"done: {args.epochs} epochs, loss {first_loss or math.nan:.3f} -> {mean_loss or math.nan:.3f}, "
             + (f"probe top-1 {top1:.1f} %, " if top1 is not None else "") + f"{hours} h, {last}")
     if world > 1:
         dist.destroy_process_group()

@@ -1127,9 +1127,23 @@ def test_pretrain_survives_a_full_disk_and_a_damaged_checkpoint(folder, unbroken
     done = tiny_run(folder, tmp_path)
     assert done.returncode == 0 and "last.pt is damaged" in done.stdout and "previous.pt, step " in done.stdout
     assert equal_weights(tmp_path, unbroken[0])
+    assert (tmp_path / "last.old.pt").read_bytes() == damaged
     for name in "last.pt", "previous.pt":
         (tmp_path / name).write_bytes(damaged)
     refused(tiny_run(folder, tmp_path), "last.pt is damaged", "previous.pt is damaged", "--resume none")
+    refused(tiny_run(folder, tmp_path, "--resume", tmp_path / "last.pt"), "last.pt is damaged")
+    done = tiny_run(folder, tmp_path, "--resume", "none", "--epochs", 1)
+    assert done.returncode == 0 and (tmp_path / "last.old.pt").read_bytes() == damaged and not (tmp_path / "previous.pt").exists()
+
+
+def test_pretrain_outlives_a_full_disk_under_its_output(folder, tmp_path):
+    """Where the run's words cannot be written, the training goes on all the same."""
+    with open("/dev/full", "w") as full:
+        subprocess.run([*map(str, [
+            sys.executable, HERE / "pretrain.py", "--data", folder / "train.beton", "--val-data", folder / "val.beton",
+            "--output-dir", tmp_path, *TINY, "--epochs", 1])], stdout=full, stderr=full, timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert weights_of(tmp_path) and len(log_of(tmp_path)) == 1
 
 
 def test_pretrain_goes_back_once_from_bad_steps(folder, unbroken, tmp_path, monkeypatch):
