@@ -100,6 +100,15 @@ def write_beton(path, items):
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels(tmp_path_factory):
+    """Compiles our kernels before any test uses stock FFCV, which alters numba's type of byte arrays in place
+    (os_cache.py): what takes such an array cannot be compiled in that process any more."""
+    picture = draw(np.random.default_rng(0), 64, 64)
+    path = write_beton(tmp_path_factory.mktemp("kernels") / "one.beton", [(0, 64, 64, encode(picture))])
+    assert len(list(ESSLLoader(path, 1, train=False, res=8))) == 1 and BetonReader(path).image(0).shape == (64, 64, 3)
+
+
 @pytest.fixture(scope="session")
 def beton(tmp_path_factory):
     """40 pictures of many sizes: 4:2:0, 4:4:4 and gray, with and without restart markers, two raw."""
