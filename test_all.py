@@ -5,6 +5,7 @@ Everything is compared with something independent: Pillow, stock ffcv, torch in 
 `pytest test_all.py -m soak` runs the long ones instead: dozens of kills, thousands of damaged files, full disks.
 """
 import ctypes
+import gc
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import warnings
 from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import timm
@@ -100,13 +102,14 @@ def write_beton(path, items):
     return path
 
 
-@pytest.fixture(scope="session", autouse=True)
-def kernels(tmp_path_factory):
-    """Compiles our kernels before any test uses stock FFCV, which alters numba's type of byte arrays in place
-    (os_cache.py): what takes such an array cannot be compiled in that process any more."""
-    picture = draw(np.random.default_rng(0), 64, 64)
-    path = write_beton(tmp_path_factory.mktemp("kernels") / "one.beton", [(0, 64, 64, encode(picture))])
-    assert len(list(ESSLLoader(path, 1, train=False, res=8))) == 1 and BetonReader(path).image(0).shape == (64, 64, 3)
+@pytest.fixture
+def stock_ffcv():
+    """For tests with stock FFCV in this process, which alters numba's shared type of byte arrays in place (os_cache.py,
+    `t1.mutable = False`): nothing of ours that takes such an array could be called afterwards. Takes that back."""
+    before = [t for t in gc.get_objects() if isinstance(t, numba.types.Array) and t.mutable]
+    yield
+    for t in before:
+        t.mutable = True
 
 
 @pytest.fixture(scope="session")
@@ -248,7 +251,7 @@ def test_build_bytes_do_not_depend_on_workers(every_mode, tmp_path):
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
-def test_build_opens_in_ffcv(tmp_path, os_cache):
+def test_build_opens_in_ffcv(tmp_path, os_cache, stock_ffcv):
     """FFCV's Loader reads our file as BetonReader does, with samples of more than a page and a left-out one."""
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -682,7 +685,7 @@ def test_loader_folder_loader_has_the_same_surface(folder):
         assert torch.equal(b, d) and (a.int() - c.int()).abs().float().mean() < 4  # levels; JPEG at quality 95 makes 1 to 3
 
 
-def test_loader_stock_ffcv_reads_ours(folder):
+def test_loader_stock_ffcv_reads_ours(folder, stock_ffcv):
     """A file of build_beton.py in ffcv's own Loader: the same pictures and labels as Pillow finds in it."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
@@ -701,7 +704,7 @@ def test_loader_stock_ffcv_reads_ours(folder):
         assert np.abs(image - expected).mean() < 6  # levels; its INTER_AREA is no Pillow filter
 
 
-def test_loader_reads_files_of_ffcvs_writer(tmp_path):
+def test_loader_reads_files_of_ffcvs_writer(tmp_path, stock_ffcv):
     """Files of ffcv's DatasetWriter (jpg, raw, smart) load in ours: labels, classes None, pictures as in Pillow."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
