@@ -616,7 +616,7 @@ def test_loader_hundreds_of_loaders_leave_nothing(beton):
     for i in range(300):
         use(i)
     after = state()
-    assert after[:2] == before[:2] and after[2] - before[2] < 30e6, (before, after)
+    assert after[0] <= before[0] and after[1] <= before[1] and after[2] - before[2] < 30e6, (before, after)
 
 
 def test_loader_renews_kernels_of_another_version(tmp_path):
