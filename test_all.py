@@ -619,6 +619,7 @@ def test_loader_hundreds_of_loaders_leave_nothing(beton):
     assert after[0] <= before[0] and after[1] <= before[1] and after[2] - before[2] < 30e6, (before, after)
 
 
+@pytest.mark.soak
 def test_loader_renews_kernels_of_another_version(tmp_path):
     """A process killed while it renews numba's cache does not leave the old kernel to the new source."""
     source = (HERE / "essl_loader.py").read_text()
@@ -1152,6 +1153,7 @@ def test_pretrain_survives_a_full_disk_and_a_damaged_checkpoint(folder, unbroken
     assert done.returncode == 0 and (tmp_path / "last.old.pt").read_bytes() == damaged and not (tmp_path / "previous.pt").exists()
 
 
+@pytest.mark.soak
 def test_pretrain_outlives_a_full_disk_under_its_output(folder, tmp_path):
     """Where the run's words cannot be written, the training goes on all the same."""
     with open("/dev/full", "w") as full:
