@@ -100,9 +100,7 @@ def setup(seed):
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
-    stop = torch.zeros(1)  # becomes 1 on the rank that was signalled; the ranks agree on it once a step
-
-    first = []
+    stop, first = torch.zeros(1), []  # stop becomes 1 on the rank that was signalled; the ranks agree once a step
 
     def on_signal(number, frame):
         stop.fill_(1)
@@ -485,7 +483,7 @@ def main(args):
         if epoch_ends or stopping or step % 50 == 0:
             if world > 1:
                 dist.all_reduce(total)
-            before, (left_out, row, longest) = left_out, bad_steps.read()
+            before, (left_out, _, longest) = left_out, bad_steps.read()
             count, elapsed = seen // args.total_batch - (left_out - before), time.time() - clock
             mean_loss = total.item() / count / world if count else None
             loss_text = f"{mean_loss:.4f}" if count else "not finite"

@@ -81,9 +81,7 @@ def setup(seed):
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
-    stop = torch.zeros(1)  # becomes 1 on the rank that was signalled; the ranks agree on it once a step
-
-    first = []
+    stop, first = torch.zeros(1), []  # stop becomes 1 on the rank that was signalled; the ranks agree once a step
 
     def on_signal(number, frame):
         stop.fill_(1)
@@ -363,7 +361,6 @@ def main(args):
         (bank, labels), (val_rows, val_labels) = (
             store_features(model, data, folder / f"features_{name}.npy", autocast, dict(told, data=stamp(path)), say)
             for name, path, data in (("train", args.data, loader), ("val", args.val_data, val)))
-
     if found := {**loader.new_bad_samples(), **val.new_bad_samples()}:  # with --skip-bad, while features were stored
         say(f"{len(found)} damaged samples replaced: {', '.join(list(found)[:5])}")
 

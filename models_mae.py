@@ -382,8 +382,6 @@ def find_damage(path):
     try:
         with zipfile.ZipFile(path) as z:
             return z.testzip()
-    except FileNotFoundError:
-        raise
     except Exception as e:  # a damaged file can raise anything
         return e
 
