@@ -1187,6 +1187,25 @@ def test_pretrain_goes_back_once_from_bad_steps(folder, unbroken, tmp_path, monk
     assert state["step"] == 8 and all(v.isfinite().all() for v in state["modules"].values())
 
 
+def test_pretrain_leaves_out_a_step_that_is_not_finite(folder, tmp_path, monkeypatch):
+    """A gradient of NaN at step 6 changes nothing: weights, moments and statistics of a run that passes over the step."""
+    forward, take_step, calls, steps = pretrain.PretrainStep.forward, pretrain.take_step, itertools.count(), itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.PretrainStep, "forward", lambda self, *inputs: tuple(
+            loss * factor for loss, factor in zip(forward(self, *inputs), (math.nan if next(calls) == 10 else 1, 1))))
+        train_here(folder, tmp_path / "nan")
+
+    def passes_over(*inputs):
+        if next(steps) != 5:
+            return take_step(*inputs)
+        next(inputs[5]), next(inputs[5])
+        return torch.zeros(()), torch.ones(()), 0.0
+    monkeypatch.setattr(pretrain, "take_step", passes_over)
+    train_here(folder, tmp_path / "left_out")
+    assert equal_weights(tmp_path / "nan", tmp_path / "left_out")
+    assert [line["bad_steps"] for line in log_of(tmp_path / "nan")] == [0, 1, 1, 1]
+
+
 DRIVER = """
 import os, sys
 sys.path.insert(0, {here!r})
