@@ -1183,6 +1183,10 @@ class _Loader:
             new = {k: v for part in found for k, v in part.items()}
         return new
 
+    @property
+    def labels(self):
+        return self.reader.labels if hasattr(self, "reader") else np.array([y for _, y in self.samples])
+
     def close(self):
         self.closed = True
 
@@ -1411,6 +1415,35 @@ class FolderLoader(_Loader):
         for batch, (pixels, labels, reasons) in zip(batches, loader):
             self._note_bad([(int(self.indices[at]), reason) for at, reason in zip(batch, reasons) if reason])
             yield pixels.permute(0, 3, 1, 2), labels
+
+
+# --- what a run checks before it begins
+def check_batches(num_samples, total_batch, batch_size, world_size, repeat=1):
+    """Raises DataError, with flags that work, where steps are not whole batches of each rank.
+
+    repeat: the times that a picture is used in a step.
+    """
+    most = num_samples * repeat
+    whole = total_batch % (batch_size * world_size) == 0 and batch_size % repeat == 0
+    if whole and total_batch <= most:
+        return
+    batch = max(1, min(batch_size, total_batch // world_size, most // world_size) // repeat) * repeat
+    total = max(1, min(total_batch, most) // (batch * world_size)) * batch * world_size
+    raise DataError(
+        f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
+        f"{world_size} process(es), and at most {most:,}, the number of pictures (x --repeat). "
+        f"This works: --total-batch {total} --batch-size {batch}")
+
+
+def check_classes(train, val):
+    """Raises DataError where a held-out set's labels do not mean what the training set's do."""
+    if train.classes and val.classes and list(train.classes) != list(val.classes):
+        differ = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+        raise DataError(f"{val.source} has other classes than {train.source}: they differ in "
+                        f"{', '.join(differ[:4])}.")
+    if val.labels.min() < 0 or val.labels.max() > train.labels.max():
+        raise DataError(f"{val.source} has labels {val.labels.min()} to {val.labels.max()}, "
+                        f"{train.source} {train.labels.min()} to {train.labels.max()}.")
 
 
 def open_loader(path, batch_size, train=True, preload=False, **kwargs):

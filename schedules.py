@@ -1,16 +1,23 @@
 """The paper's numbers, as data and pure functions of progress (DailyMAE, arXiv 2404.00509).
 
-`python schedules.py` prints the pretraining schemes with each one's cost in FLOPs relative to the fixed recipe.
+    python schedules.py                                              # the schemes and their FLOPs
+    python schedules.py --tflops 430 --gpus 1 --epochs 800 --hours 24   # hours of each, what fits
+
+The last line is that of the lean scheme:
+    lean    224 0.90  192 0.90  224 0.90     33.9 GFLOP an image,  0.58 x fixed
 """
+import argparse
 import math
 
-# --- Table 1: the recipes. lr = blr * total_batch / 256
-PRETRAIN = dict(total_batch=4096, blr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05, epochs=800, warmup_epochs=40,
-                scale=(0.2, 1.0))
-FINETUNE = dict(total_batch=1024, blr=5e-4, betas=(0.9, 0.999), weight_decay=0.05, epochs=100, warmup_epochs=5,
-                layer_decay=0.65)
+IMAGENET = 1_281_167  # training pictures of ImageNet-1k
 
-# --- Table 10: pretraining, (resolution, mask ratio) of the three stages
+# --- Table 1: the recipes. lr = blr * total_batch / 256
+PRETRAIN = dict(total_batch=4096, blr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05, epochs=800,
+                warmup_epochs=40, scale=(0.2, 1.0))
+FINETUNE = dict(total_batch=1024, blr=5e-4, betas=(0.9, 0.999), weight_decay=0.05, epochs=100,
+                warmup_epochs=5, layer_decay=0.65)
+
+# --- Table 10: pretraining, (resolution, mask ratio) of each stage
 PRETRAIN_SCHEMES = {
     "fixed": ((224, 0.75), (224, 0.75), (224, 0.75)),
     "s1": ((160, 0.50), (192, 0.66), (224, 0.75)),
@@ -19,11 +26,16 @@ PRETRAIN_SCHEMES = {
     "s4": ((160, 0.75), (192, 0.80), (224, 0.85)),
     "s5": ((224, 0.75), (192, 0.75), (224, 0.75)),  # the palindrome, the paper's choice
     "s6": ((224, 0.75), (192, 0.75), (224, 0.85)),
+    # Not the paper's: a high mask ratio, to be used with --decoder-depth 2 --epochs 100
+    "lean": ((224, 0.90), (192, 0.90), (224, 0.90)),
 }
-# Shares of the epochs. The paper does not print them: inferred from its published command and Table 11's run times.
+# Shares of the epochs. The paper does not print them: inferred from its published command and
+# from Table 11's run times. A scheme with other shares, or more stages, has a row in SHARES.
 PRETRAIN_STAGES = (0.25, 0.25, 0.50)
+PRETRAIN_SHARES = {}
 
-# --- Table 8: finetuning, (resolution, augmentation, sigma_min, sigma_max); sigma is the crop's side ratio
+# --- Table 8: finetuning, (resolution, augmentation, sigma_min, sigma_max) of each stage
+# sigma is the crop's side as a share of the picture's
 LOW = math.sqrt(0.08)  # printed 0.28: RandomResizedCrop's usual scale (0.08, 1)
 FINETUNE_SCHEMES = {
     "fixed": ((224, "3aug", LOW, 1.0), (224, "3aug", LOW, 1.0), (224, "3aug", LOW, 1.0)),
@@ -36,22 +48,27 @@ FINETUNE_STAGES = (0.30, 0.30, 0.40)
 
 
 # --- functions of progress
-def stage_starts(epochs, stages):
-    """First epoch of each stage for shares that sum to 1; 800 epochs at 25/25/50 % -> [0, 200, 400]."""
-    if abs(sum(stages) - 1) > 1e-6 or min(stages) < 0:
-        raise ValueError(f"stages {tuple(stages)}: expected shares that sum to 1")
-    return [round(epochs * sum(stages[:i])) for i in range(len(stages))]
+def stage_starts(epochs, shares):
+    """First epoch of each stage; 800 epochs at (0.25, 0.25, 0.5) -> [0, 200, 400]. ValueError."""
+    if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        raise ValueError(f"stages {tuple(shares)}: expected shares that sum to 1.")
+    return [round(epochs * sum(shares[:i])) for i in range(len(shares))]
 
 
-def stage_at(scheme, epoch, epochs, stages, input_size=224, patch_size=16):
-    """(stage index, its tuple) at an epoch: a resumed run lands in the right stage because nothing is remembered.
+def stage_at(scheme, epoch, epochs, shares, input_size=224, patch_size=16):
+    """(stage index, its tuple) at an epoch, from 0. Pure: a resumed run lands in the right stage.
 
-    scheme: a row of PRETRAIN_SCHEMES or FINETUNE_SCHEMES. At another input size than 224 the resolutions scale
-    with it (5/7, 6/7, 1), rounded to whole patches.
+    scheme: a row of PRETRAIN_SCHEMES or FINETUNE_SCHEMES. At another input size than 224 the
+    resolutions scale with it (5/7, 6/7, 1), rounded to whole patches. Raises ValueError where the
+    shares are not as many as the stages.
     """
-    i = max(i for i, start in enumerate(stage_starts(epochs, stages)) if epoch >= start)
-    resolution = scheme[i][0] * input_size / 224
-    return i, (max(1, round(resolution / patch_size)) * patch_size, *scheme[i][1:])
+    if len(shares) != len(scheme):
+        raise ValueError(f"{len(shares)} stage shares for a scheme of {len(scheme)} stages: "
+                         "give as many, with --stages or in PRETRAIN_SHARES.")
+    starts = stage_starts(epochs, shares)
+    index = max(i for i, start in enumerate(starts) if epoch >= start)
+    patches = round(scheme[index][0] * input_size / 224 / patch_size)
+    return index, (max(1, patches) * patch_size, *scheme[index][1:])
 
 
 def lr_at(step, steps, warmup_steps, lr, min_lr=0.0):
@@ -62,38 +79,56 @@ def lr_at(step, steps, warmup_steps, lr, min_lr=0.0):
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# --- equations 1 to 3: RandomResizedCrop with area ~ U(low^2, high^2), so side ratio sigma in (low, high)
+# --- equations 1 to 3: RandomResizedCrop with area ~ U(low^2, high^2), so side ratio in (low, high)
 def perceptual_ratio(low, high):
-    """E[sigma], equation 1. Table 8 prints 0.47 for (0.28, 1): two thirds of what its own formula gives, 0.71."""
+    """E[sigma], equation 1. Table 8 prints 0.47 for (0.28, 1): 2/3 of what its formula gives."""
     return high if low == high else 2 / 3 * (high ** 3 - low ** 3) / (high ** 2 - low ** 2)
 
 
 def apparent_size(resolution, low, high):
-    """resolution / E[sigma] in pixels, equation 2: how large the whole picture would appear at the crop's zoom.
+    """resolution / E[sigma] in pixels, equation 2: the whole picture's size at the crop's zoom.
 
-    Table 8 prints 151/181/211 for s1; the formula gives 226/271/317 (again the factor 2/3). The exact
-    E[resolution / sigma] is 2 * resolution / (low + high).
+    Table 8 prints 151/181/211 for s1; the formula gives 226/271/317 (again the factor 2/3). The
+    exact E[resolution / sigma] is 2 * resolution / (low + high).
     """
     return resolution / perceptual_ratio(low, high)
 
 
 def masked_perceptual_ratio(resolution, mask_ratio, patch_size=16):
-    """E[m p / h], equation 3, read as: m visible patches of side p in a row of h = resolution pixels."""
+    """E[m p / h], equation 3, read as: m visible patches of side p in a row of h pixels."""
     patches = (resolution // patch_size) ** 2
     return int(round(patches * (1 - mask_ratio), 6)) / patches
 
 
 def main():
-    from models_mae import flops_per_image, num_kept
-
-    def cost(scheme):
-        return sum(share * flops_per_image(*stage) for stage, share in zip(scheme, PRETRAIN_STAGES))
-    print("MAE-B/16, stages at " + "/".join(f"{s:.0%}" for s in PRETRAIN_STAGES) + " of the epochs: "
-          "resolution, mask ratio (kept tokens)")
+    from models_mae import flops_per_image
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tflops", type=float, help="TFLOP/s of one GPU, as pretrain.py reports them")
+    p.add_argument("--gpus", type=int, default=1, help="GPUs; scaling is taken as linear")
+    p.add_argument("--epochs", type=int, default=PRETRAIN["epochs"], help="passes over the data")
+    p.add_argument("--hours", type=float, default=24, help="the budget")
+    p.add_argument("--images", type=int, default=IMAGENET, help="pictures of an epoch")
+    p.add_argument("--decoder-depth", type=int, default=8, help="decoder blocks; 8 is the paper's")
+    p.add_argument("--decoder-keep", type=float, default=1, help="share of removed patches decoded")
+    p.add_argument("--repeat", type=int, default=1, help="masks of each loaded picture in a step")
+    args = p.parse_args()
+    gflop = {}
     for name, scheme in PRETRAIN_SCHEMES.items():
-        stages = [f"{r}, {m:.2f} ({num_kept((r // 16) ** 2, m)})" for r, m in scheme]
-        print(f"{name:6} {stages[0]:>16} {stages[1]:>16} {stages[2]:>16}  {cost(scheme) / 1e9:5.1f} GFLOP an image, "
-              f"{cost(scheme) / cost(PRETRAIN_SCHEMES['fixed']):.2f} x fixed")
+        shares = PRETRAIN_SHARES.get(name, PRETRAIN_STAGES)
+        costs = [flops_per_image(*stage, args.decoder_keep, decoder_depth=args.decoder_depth)
+                 for stage in scheme]
+        gflop[name] = sum(share * cost for share, cost in zip(shares, costs, strict=True)) / 1e9
+    print(f"MAE-B/16, {args.decoder_depth} decoder blocks: resolution and mask ratio of each stage")
+    for name, scheme in PRETRAIN_SCHEMES.items():
+        line = f"{name:6}  " + "  ".join(f"{res} {mask_ratio:.2f}" for res, mask_ratio in scheme)
+        line += f"  {gflop[name]:7.1f} GFLOP an image,  {gflop[name] / gflop['fixed']:.2f} x fixed"
+        if args.tflops:
+            epoch_hours = gflop[name] * args.images * args.repeat / args.tflops / args.gpus / 3.6e6
+            hours = epoch_hours * args.epochs
+            line += f"  {hours:7.2f} h, {'within' if hours <= args.hours else 'over'} "
+            line += f"{args.hours:g} h, enough for {int(args.hours / epoch_hours)} epochs"
+        print(line)
 
 
 if __name__ == "__main__":
