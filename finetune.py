@@ -337,7 +337,7 @@ def main(args):
     step = skipped_steps = 0
     best = -1.0
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=loader.num_samples, classes=classes, **model.settings)
+    settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings)
     # The prefix "model." is that of pretraining's checkpoints
     parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler)
     state = resume(args.resume, last, settings, vars(get_args([])), device, **parts)

@@ -264,7 +264,7 @@ def main(args):
     step = 0
     result = None
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=loader.num_samples, classes=classes, size=size, **vit)
+    settings |= dict(num_samples=len(loader.indices), classes=classes, size=size, **vit)
     parts = dict(head=head, optimizer=optimizer)
     state = resume(args.resume, last, settings, vars(get_args([])), device, **parts)
     if state:

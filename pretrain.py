@@ -341,7 +341,7 @@ def main(args):
     step = skipped_steps = 0
     first_loss = mean_loss = top1 = math.nan
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=loader.num_samples, **model.settings)
+    settings |= dict(num_samples=len(loader.indices), **model.settings)
     parts = dict(modules=module, optimizer=optimizer, scaler=scaler)
     state = models_mae.resume(args.resume, last, settings, vars(get_args([])), device, **parts)
     if state:
