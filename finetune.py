@@ -4,8 +4,7 @@
     python finetune.py --eval --resume runs/finetune/best.pt --val-data data/val_500_100.beton
     python finetune.py --benchmark 20      # images/s of 3 Aug and RandAug on one core (Table 7)
 
-Give the same command again and the run goes on from the folder's last.pt, after any interruption.
-The last line is the result:
+Give the same command again and the run goes on from last.pt. The last line is the result:
     done: 10 epochs, top-1 96.00 % of 200 pictures, best 96.50 %, 0:01:12, runs/finetune/last.pt
 """
 import argparse
@@ -13,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -33,8 +33,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import Grayscale, RandomChoice, RandomSolarize
 from tqdm import tqdm
 
+import models_mae
 from essl_loader import DataError, check_batches, check_classes, open_loader
-from models_mae import VIT_SIZES, ViT, WeightsError, load_into, read_weights, resume, vit_settings
+from models_mae import ViT, WeightsError, accuracy, load_into
 from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at
 
 MIN_LR = 1e-6
@@ -45,47 +46,43 @@ FREE = ("eval", "data", "val_data", "output_dir", "batch_size", "compile", "resu
         "save_minutes", "benchmark")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def get_args(argv):
+    both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
     add = p.add_argument
     add("--finetune", help="checkpoint to start from: ours, official MAE's, timm's; or none")
     add("--eval", action="store_true", help="only evaluate --resume CHECKPOINT on each --val-data")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or class folders")
     add("--val-data", nargs="+", default=["data/val_500_100.beton"], help="held-out set or sets")
     add("--output-dir", default="runs/finetune", help="the run's folder")
-    add("--model", choices=VIT_SIZES, help="default the checkpoint's, else vit_base_patch16")
+    add("--model", choices=models_mae.VIT_SIZES, help="default the checkpoint's, else ViT-B")
     add("--input-size", type=int, help="full resolution; default the checkpoint's, else 224")
     add("--scheme", default="s1", choices=FINETUNE_SCHEMES, help="resolution, crop, 3 Aug by stage")
     add("--aug", default="3aug", choices=("3aug", "rand"), help="the scheme's 3 Aug, or RandAug")
     add("--epochs", type=int, default=FINETUNE["epochs"], help="passes over the data")
     add("--warmup-epochs", type=float, default=FINETUNE["warmup_epochs"], help="linear warm-up")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth at the last block")
     add("--blr", type=float, default=FINETUNE["blr"], help="learning rate for 256 images a step")
     add("--layer-decay", type=float, default=FINETUNE["layer_decay"], help="of the rate by block")
     add("--weight-decay", type=float, default=FINETUNE["weight_decay"], help="of matrices")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth at the last block")
     add("--mixup", type=float, default=0.8, help="alpha of mixup; 0: none")
     add("--cutmix", type=float, default=1.0, help="alpha of CutMix, in turn with mixup; 0: none")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--reprob", type=float, default=0.25, help="share of pictures with a rectangle erased")
     add("--total-batch", type=int, default=FINETUNE["total_batch"], help="pictures a step")
     add("--batch-size", type=int, default=128, help="of one GPU at once; the rest by accumulation")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="by torch.compile")
+    on_off = argparse.BooleanOptionalAction
+    add("--compile", action=on_off, default=torch.cuda.is_available(), help="by torch.compile")
     add("--seed", type=int, default=0, help="of weights, order, crops and augmentation")
     add("--resume", default="auto", help="auto: from the run's last.pt if there; none; or a PATH")
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
     add("--benchmark", type=int, default=0, metavar="N", help="only time augmentation, N batches")
-    words = [word.partition("=") for word in (sys.argv[1:] if argv is None else argv)]
-    words = [(k.replace("_", "-") if k.startswith("--") else k) + eq + v for k, eq, v in words]
-    args = p.parse_args(words)
-    training = not (args.eval or args.benchmark)
-    if training and argv != [] and (args.finetune is None or len(args.val_data) > 1):
+    args = p.parse_args([re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
+                         for word in argv])
+    measuring = args.eval or args.benchmark
+    if argv and not measuring and (args.finetune is None or len(args.val_data) > 1):
         p.error("training needs --finetune CHECKPOINT, or none for random weights, one --val-data.")
     if args.mixup + args.cutmix > 0 and args.batch_size % 2:
         p.error(f"mixup and CutMix pair the pictures: --batch-size {args.batch_size} must be even.")
@@ -154,27 +151,22 @@ def luma(images):
 def gaussian_blur(images, radius):
     """Pillow's GaussianBlur, images (B, 3, H, W), radius (B,) below 2.4: three box filters.
 
-    A box takes `whole` pixels on either side and `part` of the next, so that three have the
-    variance radius^2 (Gwosdek et al. 2011, extended box filters). A sampled Gaussian would be off
-    by over 10 levels at an edge for small radii.
+    A box has `whole` pixels on either side and `part` of the next (Gwosdek et al. 2011). A sampled
+    Gaussian would be off by over 10 levels at an edge for small radii.
     """
     B, _, H, W = images.shape
     variance = radius.double() ** 2 / 3
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-    part = (part / (6 * (variance - (whole + 1) ** 2)))[:, None]
-    whole = whole[:, None]
-    distance = torch.tensor([2, 1, 0, 1, 2])
-    taps = (distance <= whole) + (distance == whole + 1) * part  # (B, 5)
+    part = part / (6 * (variance - (whole + 1) ** 2))
+    beyond = torch.tensor([2, 1, 0, 1, 2]) - whole[:, None]
+    taps = (beyond <= 0) + (beyond == 1) * part[:, None]  # (B, 5)
     taps = (taps / taps.sum(dim=1, keepdim=True)).float().to(images.device, non_blocking=True)
     taps = taps.repeat_interleave(3, dim=0)[:, None]  # (3 B, 1, 5): each plane is a channel
     x = images.float().reshape(1, 3 * B, H, W)
-    for _ in range(3):  # as Pillow: three boxes across, then three down, each rounded
-        x = F.pad(x, (2, 2, 0, 0), mode="replicate")
-        x = F.conv2d(x, taps[:, :, None], groups=3 * B).round()
-    for _ in range(3):
-        x = F.pad(x, (0, 0, 2, 2), mode="replicate")
-        x = F.conv2d(x, taps[..., None], groups=3 * B).round()
+    passes = 3 * [((2, 2, 0, 0), taps[:, :, None])] + 3 * [((0, 0, 2, 2), taps[..., None])]
+    for pad, kernel in passes:  # as Pillow: three boxes across, three down, each rounded
+        x = F.conv2d(F.pad(x, pad, mode="replicate"), kernel, groups=3 * B).round()
     return x.reshape(B, 3, H, W)
 
 
@@ -182,20 +174,13 @@ def three_augment(images, generator=None):
     """3 Aug (DeiT III): grayscale, solarize or blur, a third each; uint8 (B, 3, H, W)."""
     choice = torch.randint(3, (len(images),), generator=generator)  # on the CPU: no wait to know it
     radius = 0.1 + 1.9 * torch.rand(len(images), generator=generator)
+    rows = [(choice == kind).nonzero()[:, 0] for kind in range(3)]
+    gray, solar, blurred = (r.to(images.device, non_blocking=True) for r in rows)
     out = images.clone()
-    for kind in range(3):
-        rows = (choice == kind).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        at = rows.to(images.device, non_blocking=True)
-        x = images[at]
-        if kind == 0:
-            x = luma(x).expand_as(x)
-        elif kind == 1:
-            x = torch.where(x < 128, x, 255 - x)
-        else:
-            x = gaussian_blur(x, radius[rows])
-        out[at] = x.to(torch.uint8)
+    out[gray] = luma(images[gray]).to(torch.uint8).expand(-1, 3, -1, -1)
+    out[solar] = torch.where(images[solar] < 128, images[solar], 255 - images[solar])
+    if len(blurred):
+        out[blurred] = gaussian_blur(images[blurred], radius[rows[2]]).to(torch.uint8)
     return out
 
 
@@ -224,11 +209,9 @@ def benchmark(args, device):
     torch.set_num_threads(1)
     images, _ = next(iter(open_loader(args.data, args.batch_size, num_workers=1, device=device)))
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images.cpu()]
-
-    def blur(picture):
-        return picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
     rand_augment = rand_augment_transform(*RAND_AUG)
-    three_augment_pillow = RandomChoice([Grayscale(3), RandomSolarize(128, p=1), blur])
+    three_augment_pillow = RandomChoice([Grayscale(3), RandomSolarize(128, p=1), lambda x: x.filter(
+        ImageFilter.GaussianBlur(random.uniform(0.1, 2)))])
     ways = {"RandAug, Pillow, one core": lambda: [rand_augment(x) for x in pictures],
             "3 Aug, Pillow, one core": lambda: [three_augment_pillow(x) for x in pictures],
             f"3 Aug, batches, {device.type}": lambda: three_augment(images)[0, 0, 0, 0].item()}
@@ -241,22 +224,11 @@ def benchmark(args, device):
 
 
 # --- evaluation
-@torch.no_grad()
 def evaluate(model, loader, autocast):
-    """Top-1 and top-5 in percent (from six classes on) and n, each picture counted once."""
+    """Top-1, top-5 and n of a loader's pictures, each counted once."""
     model.eval()
-    counts = torch.zeros(3, dtype=torch.float64, device=loader.device)  # top-1, top-5, n
-    for images, labels in loader:
-        with autocast:
-            scores = model(images).float()
-        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels == labels).sum()])
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    model.train()
-    top1, top5, n = counts.tolist()
-    result = {"top1": 100 * top1 / n, "n": int(n)}
-    return result | ({"top5": 100 * top5 / n} if scores.shape[1] > 5 else {})
+    with autocast:
+        return accuracy(((model(x).float(), y) for x, y in loader), loader.device)
 
 
 def main(args):
@@ -274,27 +246,26 @@ def main(args):
     # --- weights
     if args.eval:
         args.finetune = last if args.resume == "auto" else args.resume
-    weights, ckpt_settings, names = {}, {}, None
-    if args.finetune != "none":
-        weights, ckpt_settings, names = read_weights(args.finetune)
+    weights, ckpt_settings, names = models_mae.read_weights(args.finetune)
     size = args.input_size or ckpt_settings.get("img_size", 224)
-    vit = vit_settings(args.model, ckpt_settings, args.finetune)
+    vit = models_mae.vit_settings(args.model, ckpt_settings, args.finetune)
 
     # --- evaluate only
-    if args.eval and "head.weight" not in weights:
-        raise WeightsError(f"{args.finetune} has no classifier: --eval takes a finetuned checkpoint.")
-    for val_data in args.val_data if args.eval else ():
+    if args.eval:
+        if "head.weight" not in weights:
+            raise WeightsError(f"{args.finetune} has no classifier: --eval needs a finetuned one.")
         model = ViT(vit, size, len(weights["head.weight"])).to(device)
         load_into(model, weights, args.finetune)
-        val = open_loader(val_data, args.batch_size, train=False, res=size, **shared)
-        if names and val.classes and list(names) != list(val.classes):
-            raise DataError(f"{val_data} has other classes than {args.finetune}: {val.classes[:3]}..")
-        row = dict(checkpoint=str(args.finetune), data=val_data, **evaluate(model, val, autocast))
-        print0(json.dumps(row))
-        if rank == 0:
-            with open(folder / "results.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
-    if args.eval:
+        for val_data in args.val_data:
+            val = open_loader(val_data, args.batch_size, train=False, res=size, **shared)
+            if names and val.classes and list(names) != list(val.classes):
+                raise DataError(f"{val_data} has other classes than {args.finetune}.")
+            result = evaluate(model, val, autocast)
+            row = json.dumps(dict(checkpoint=str(args.finetune), data=val_data, **result))
+            print0(row)
+            if rank == 0:
+                with open(folder / "results.jsonl", "a") as f:
+                    f.write(row + "\n")
         return
 
     # --- data
@@ -320,9 +291,8 @@ def main(args):
     if world > 1:
         ddp_model = nn.parallel.DistributedDataParallel(model)
     train_step = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
-    mixup = None
-    if args.mixup + args.cutmix > 0:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
+    mixing = args.mixup + args.cutmix > 0
+    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
     erase = RandomErasing(args.reprob, mode="pixel", device=device)
 
     # --- optimizer
@@ -334,78 +304,67 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
 
     # --- resume
-    step = skipped_steps = 0
-    best = -1.0
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings)
     # The prefix "model." is that of pretraining's checkpoints
-    parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler)
-    state = resume(args.resume, last, settings, vars(get_args([])), device, **parts)
-    if state:
-        step, skipped_steps, best = state["step"], state["skipped_steps"], state["best"]
-        if step % steps_per_epoch:
-            loader.load_state_dict(state["loader"])
+    parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler,
+                 loader=loader)
+    state = models_mae.resume(args.resume, last, settings, vars(get_args([])), device, **parts)
+    step = state["step"] if state else 0
+    best = state["best"] if state else -1.0
     if step == steps:
         print0(f"{last} is of a finished run of {args.epochs} epochs, best top-1 {best:.2f} %.")
         return
 
     # --- train
-    board = None
-    if rank == 0:
-        (folder / "args.json").write_text(json.dumps(vars(args) | {"world_size": world}, indent=1))
-        board = SummaryWriter(folder, purge_step=step + 1)
-    bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
-    print0(f"{args.finetune} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} x "
-           f"{args.batch_size} x {accum} a step, {device.type}"
-           + (", compiling for a minute or more at each new stage" if args.compile else ""))
+    board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
+    print0(f"{args.finetune} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} "
+           f"x {args.batch_size} x {accum} a step")
 
     def checkpoint(path):
         if rank == 0:
             save_checkpoint(
-                path, loader=loader.state_dict(), epoch=epoch + 1, step=step, settings=settings,
-                model=model.settings, classes=loader.classes, skipped_steps=skipped_steps,
-                best=best, **{k: part.state_dict() for k, part in parts.items()})
+                path, epoch=epoch + 1, step=step, best=best, settings=settings,
+                model=model.settings, classes=loader.classes,
+                **{k: part.state_dict() for k, part in parts.items()})
     saved_at = time.time()
     for epoch in range(step // steps_per_epoch, args.epochs):
         index, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
                                                 FINETUNE_STAGES, size, vit["patch_size"])
+        print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels, {aug}")
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
         loader.set_stage(res=res, scale=(low ** 2, high ** 2))
         batches = iter(loader)
         loss_sum = torch.zeros(2, device=device)  # of this epoch; and how many were finite
-        data_time = 0.0
         t0 = time.time()
         first_step = step
+        model.train()
         while step < (epoch + 1) * steps_per_epoch and not stop:
             seed_step(args.seed, step, rank)
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr, MIN_LR)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             for micro in range(accum):
-                t_data = time.time()
                 images, targets = next(batches)
-                data_time += time.time() - t_data
                 if args.aug == "3aug":
                     images = three_augment(images)
                     images = color_jitter(images) if aug == "3aug+" else images
                 images = erase(model.normalize(images))
-                if mixup:
+                if mixing:
                     images, targets = mixup(images, targets)  # targets become (B, classes)
                 # DDP sums the ranks' gradients in the last micro-batch of a step
                 ddp_model.require_backward_grad_sync = micro == accum - 1
                 with autocast:
                     scores = train_step(images)
                 loss = F.cross_entropy(scores.float(), targets,
-                                       label_smoothing=0.0 if mixup else args.smoothing)
+                                       label_smoothing=0.0 if mixing else args.smoothing)
                 scaler.scale(loss / accum).backward()
-                loss = loss.detach()
-                loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
+                loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()]).detach()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            bar.update()
             if world > 1:
                 dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # on the CPU: no GPU is waited for
             if time.time() - saved_at > 60 * args.save_minutes:
@@ -416,17 +375,15 @@ def main(args):
             if world > 1:
                 dist.all_reduce(loss_sum)
             mean_loss = (loss_sum[0] / loss_sum[1]).item()
-            skipped = round(-math.log2(max(scaler.get_scale(), 1e-45)))
             scaler.update(1.0)
-            skipped_steps += skipped
-            if not math.isfinite(mean_loss) or skipped > (step - first_step) / 2:
-                raise DataError(f"epoch {epoch + 1}: loss {mean_loss}, {skipped} steps of gradients "
-                                "that are not finite. Lower --blr, start again.")
-            seconds = time.time() - t0
+            skipped = step - int(optimizer.state[model.cls_token]["step"])  # which AdamW counts
+            if not math.isfinite(mean_loss) or skipped > step / 2:
+                raise DataError(f"epoch {epoch + 1}: loss {mean_loss}, {skipped} steps not finite. "
+                                "Lower --blr and start over with --resume none.")
+            img_s = (step - first_step) * args.total_batch / (time.time() - t0)
             result = evaluate(model, val, autocast)
             values = dict(epoch=epoch + 1, stage=index + 1, res=res, loss=mean_loss, lr=lr,
-                          img_s=(step - first_step) * args.total_batch / seconds,
-                          data_wait=data_time / seconds, skipped_steps=skipped_steps, **result)
+                          img_s=img_s, skipped_steps=skipped, **result)
             print0("  ".join(f"{k} {v:.4g}" for k, v in values.items()))
             log(board, step, **values)
             if result["top1"] > best:
@@ -440,15 +397,16 @@ def main(args):
     print0(f"done: {args.epochs} epochs, top-1 {result['top1']:.2f} % of {result['n']:,} pictures, "
            f"best {best:.2f} %, {timedelta(seconds=int(time.time() - start))}, {last}"
            if step == steps else f"stopped at step {step}; the same command goes on from {last}")
-    if board:
-        board.close()
     if world > 1:
         dist.destroy_process_group()
-    sys.exit(int(stop) if step < steps else 0)
+    if board:
+        board.close()
+    if step < steps:
+        sys.exit(int(stop))
 
 
 if __name__ == "__main__":
     try:
-        main(get_args())
+        main(get_args(sys.argv[1:]))
     except (DataError, WeightsError, OSError) as e:
         raise SystemExit(f"finetune: {e}")

@@ -10,12 +10,13 @@ The last line is the result, which results.jsonl keeps:
 """
 import argparse
 import json
-import math
 import os
+import re
 import signal
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,30 +27,27 @@ from timm.optim import Lars
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import models_mae
 from essl_loader import DataError, check_batches, check_classes, open_loader
-from models_mae import VIT_SIZES, ViT, WeightsError, load_into, read_weights, resume, vit_settings
+from models_mae import ViT, WeightsError, accuracy
 from schedules import lr_at
 
 # Flags that a resumed run may change; all others must be those of the run before
-FREE = ("knn", "data", "val_data", "output_dir", "batch_size", "resume", "num_workers",
-        "save_minutes")
+FREE = ("knn", "data", "val_data", "output_dir", "batch_size", "resume", "num_workers")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def get_args(argv):
+    both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
     add = p.add_argument
-    add("--checkpoint", help="frozen encoder: ours, official MAE's, timm's; none: random weights")
+    add("--checkpoint", required=True, help="ours, official MAE's, timm's; none: random")
+    add("--pool", default="cls", choices=("cls", "mean"), help="class token or mean of patches")
     add("--knn", action="store_true", help="k-nearest neighbours instead of a linear probe")
     add("--cached", action="store_true", help="train on features of centre crops, kept in memory")
-    add("--pool", default="cls", choices=("cls", "mean"), help="class token or mean of patches")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or class folders")
     add("--val-data", default="data/val_500_100.beton", help="held-out set, likewise")
     add("--output-dir", default="runs/linprobe", help="the run's folder")
-    add("--model", choices=VIT_SIZES, help="default the checkpoint's, else vit_base_patch16")
+    add("--model", choices=models_mae.VIT_SIZES, help="default the checkpoint's, else ViT-B")
     add("--input-size", type=int, help="resolution; default the checkpoint's, else 224")
     add("--epochs", type=int, default=90, help="passes over the data")
     add("--warmup-epochs", type=float, default=10, help="linear warm-up")
@@ -61,12 +59,8 @@ def get_args(argv=None):
     add("--resume", default="auto", help="auto: from the run's last.pt if there; none; or a PATH")
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
-    add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
-    words = [word.partition("=") for word in (sys.argv[1:] if argv is None else argv)]
-    words = [(k.replace("_", "-") if k.startswith("--") else k) + eq + v for k, eq, v in words]
-    args = p.parse_args(words)
-    if argv != [] and not args.checkpoint:
-        p.error("--checkpoint names the encoder to measure, or none for random weights.")
+    args = p.parse_args(re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
+                        for word in argv)
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
         print0(f"--warmup-epochs is shortened to {args.warmup_epochs:g}, a quarter of --epochs.")
@@ -134,17 +128,16 @@ def encoded(model, loader, autocast):
 def store_features(model, loader, autocast):
     """All features (n, D) as one float16 tensor and labels (n,) on the CPU, on every rank."""
     bar = tqdm(encoded(model, loader, autocast), "features", len(loader), disable=None)
-    shares = [[(features.half().cpu(), labels.cpu()) for features, labels in bar]]
-    if dist.is_initialized():
-        shares = shares * loader.world_size
-        dist.all_gather_object(shares, shares[loader.rank])
-    width = model.embed_dim
-    features = torch.empty(loader.num_samples, width, dtype=torch.float16)
-    labels = torch.empty(loader.num_samples, dtype=torch.int64)
-    for rank, share in enumerate(shares):  # a rank had every world_size-th picture
-        features[rank::loader.world_size] = torch.cat([x for x, _ in share])
-        labels[rank::loader.world_size] = torch.cat([y for _, y in share])
-    return features, labels
+    features, labels = zip(*((x.half().cpu(), y.cpu()) for x, y in bar))
+    share = slice(loader.rank, None, loader.world_size)  # a rank has every world_size-th picture
+    all_features = torch.zeros(loader.num_samples, model.embed_dim, dtype=torch.float16)
+    all_labels = torch.zeros(loader.num_samples, dtype=torch.int64)
+    all_features[share] = torch.cat(features)
+    all_labels[share] = torch.cat(labels)
+    if dist.is_initialized():  # the other ranks' are zeros
+        dist.all_reduce(all_features)
+        dist.all_reduce(all_labels)
+    return all_features, all_labels
 
 
 def stored_batches(features, labels, order, batch_size, device):
@@ -153,51 +146,35 @@ def stored_batches(features, labels, order, batch_size, device):
         yield features[rows].to(device).float(), labels[rows].to(device)
 
 
-# --- measures
-@torch.no_grad()
-def accuracy(score, batches, device):
-    """Top-1 and top-5 in percent (from six classes on) and n of score(features) -> (B, classes)."""
-    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, n
-    for features, labels in batches:
-        scores = score(features)
-        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels == labels).sum()])
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    top1, top5, n = counts.tolist()
-    result = {"top1": 100 * top1 / n, "n": int(n)}
-    return result | ({"top5": 100 * top5 / n} if scores.shape[1] > 5 else {})
-
-
 def knn_score(features, bank, bank_labels, classes, k=20, temperature=0.07):
-    """(B, D) -> votes (B, classes): of the k nearest by cosine, each exp(similarity / temperature).
-
-    bank: (n, D), normalised.
-    """
+    """(B, D) -> votes (B, classes): exp(cosine / temperature) of the k nearest in bank (n, D)."""
     near = F.normalize(features, dim=1).to(bank.dtype) @ bank.T  # (B, n)
     near, index = near.float().topk(min(k, len(bank)))
     votes = torch.zeros(len(features), classes, device=bank.device)
     return votes.scatter_add_(1, bank_labels[index], ((near - 1) / temperature).exp())
 
 
+def make_optimizer(matrix, vector, weight_decay):
+    """LARS: trust scaling and weight decay for the matrix alone."""
+    matrix = {"params": [matrix], "always_adapt": True, "weight_decay": weight_decay}
+    return Lars([matrix, {"params": [vector]}], momentum=0.9, trust_coeff=0.001)
+
+
 def main(args):
     start = time.time()
     rank, world, device, stop = setup(args.seed)
     folder = Path(args.output_dir)
-    last = folder / "last.pt"
     folder.mkdir(parents=True, exist_ok=True)
+    last = folder / "last.pt"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # --- model, frozen
-    weights = {}
-    ckpt_settings = {}
-    if args.checkpoint != "none":
-        weights, ckpt_settings, _ = read_weights(args.checkpoint)
-    vit = vit_settings(args.model, ckpt_settings, args.checkpoint)
+    weights, ckpt_settings, _ = models_mae.read_weights(args.checkpoint)
+    vit = models_mae.vit_settings(args.model, ckpt_settings, args.checkpoint)
     size = args.input_size or ckpt_settings.get("img_size", 224)
     model = ViT(vit, size, classes=0, pool=args.pool)
     if weights:
-        load_into(model, weights, args.checkpoint)
+        models_mae.load_into(model, weights, args.checkpoint)
     model = model.to(device).eval().requires_grad_(False)
 
     # --- data. The published crop tries one box and clips it; ours tries ten, of the same areas
@@ -216,17 +193,18 @@ def main(args):
         bank, bank_labels = store_features(model, loader, autocast)
         val_features, val_labels = store_features(model, val, autocast)
 
-    def val_batches(batch_size=args.batch_size):
-        if not stored:
-            return encoded(model, val, autocast)
-        order = torch.arange(rank, len(val_features), world)
-        return stored_batches(val_features, val_labels, order, batch_size, device)
+    def measure(score, batch_size):  # score: features (B, D) -> (B, classes)
+        batches = encoded(model, val, autocast)
+        if stored:
+            share = torch.arange(rank, len(val_features), world)
+            batches = stored_batches(val_features, val_labels, share, batch_size, device)
+        return accuracy(((score(features), labels) for features, labels in batches), device)
 
     def finish(kind, result):
-        values = dict(kind=kind, pool=args.pool, checkpoint=args.checkpoint, **result)
+        row = json.dumps(dict(kind=kind, pool=args.pool, checkpoint=args.checkpoint, **result))
         if rank == 0:
             with open(folder / "results.jsonl", "a") as f:
-                f.write(json.dumps(values) + "\n")
+                f.write(row + "\n")
         print0(f"done: {kind} on {args.pool} features, top-1 {result['top1']:.2f} % of "
                f"{result['n']:,} pictures, {timedelta(seconds=int(time.time() - start))}")
         if world > 1:
@@ -236,12 +214,9 @@ def main(args):
     if args.knn:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         bank = F.normalize(bank.to(device).float(), dim=1).to(dtype)
-        bank_labels = bank_labels.to(device)
-
-        def score(features):
-            return knn_score(features, bank, bank_labels, classes)
+        score = partial(knn_score, bank=bank, bank_labels=bank_labels.to(device), classes=classes)
         batch_size = max(1, min(512, 2 ** 26 // len(bank)))  # the similarities take memory
-        return finish("kNN", accuracy(score, val_batches(batch_size), device))
+        return finish("kNN", measure(score, batch_size))
 
     # --- head and optimizer
     accum = args.total_batch // (args.batch_size * world)
@@ -255,41 +230,26 @@ def main(args):
     ddp_head = head.to(device)
     if world > 1:
         ddp_head = nn.parallel.DistributedDataParallel(head)
-    # Trust scaling and weight decay for the matrix alone
-    optimizer = Lars([{"params": [head[1].weight], "always_adapt": True,
-                       "weight_decay": args.weight_decay}, {"params": [head[1].bias]}],
-                     momentum=0.9, trust_coeff=0.001)
+    optimizer = make_optimizer(head[1].weight, head[1].bias, args.weight_decay)
 
     # --- resume
-    step = 0
-    result = None
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= dict(num_samples=len(loader.indices), classes=classes, size=size, **vit)
     parts = dict(head=head, optimizer=optimizer)
-    state = resume(args.resume, last, settings, vars(get_args([])), device, **parts)
-    if state:
-        step, result = state["step"], state["result"]
-    board = None
-    if rank == 0:
-        (folder / "args.json").write_text(json.dumps(vars(args) | {"world_size": world}, indent=1))
-        board = SummaryWriter(folder, purge_step=step + 1)
+    defaults = vars(get_args(["--checkpoint="]))
+    state = models_mae.resume(args.resume, last, settings, defaults, device, **parts)
+    step = state["step"] if state else 0
+    result = state["result"] if state else None
+    board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     print0(f"{args.checkpoint}, {args.pool} features, from step {step} of {steps}: "
            f"{loader.num_samples:,} pictures, {val.num_samples:,} held out, {device.type}")
 
-    def checkpoint(loss_sum):
-        if not loss_sum.isfinite():
-            raise DataError(f"step {step}: the loss is not finite. Lower --blr, start again.")
-        if rank == 0:
-            save_checkpoint(last, step=step, settings=settings, model=model.settings, result=result,
-                            **{k: part.state_dict() for k, part in parts.items()})
-
     # --- train
-    saved_at = time.time()
     for epoch in range(step // steps_per_epoch, args.epochs):
         done = step % steps_per_epoch * args.total_batch  # pictures of this epoch, all ranks
         if stored:
-            order = torch.randperm(loader.num_samples,
-                                   generator=torch.Generator().manual_seed(args.seed + epoch))
+            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(loader.num_samples, generator=rng)
             order = order[done:steps_per_epoch * args.total_batch][rank::world]
             batches = stored_batches(bank, bank_labels, order, args.batch_size, device)
         else:
@@ -297,7 +257,6 @@ def main(args):
             loader.load_state_dict(loader.state_dict() | {"samples": done})
             batches = encoded(model, loader, autocast)
         loss_sum = torch.zeros((), device=device)
-        t0 = time.time()
         first_step = step
         while step < (epoch + 1) * steps_per_epoch and not stop:
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
@@ -315,39 +274,38 @@ def main(args):
             step += 1
             if world > 1:
                 dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # on the CPU: no GPU is waited for
-            if stop or time.time() - saved_at > 60 * args.save_minutes:
-                checkpoint(loss_sum)
-                saved_at = time.time()
         batches.close()
 
         if step == (epoch + 1) * steps_per_epoch:
             if world > 1:
                 dist.all_reduce(loss_sum)
-            head.eval()
-            result = accuracy(head, val_batches(), device)
+            result = measure(head.eval(), args.batch_size)
             head.train()
-            taken = step - first_step
-            values = dict(epoch=epoch + 1, lr=lr, loss=loss_sum.item() / (taken * accum * world),
-                          img_s=taken * args.total_batch / (time.time() - t0), **result)
+            mean_loss = loss_sum.item() / ((step - first_step) * accum * world)
+            values = dict(epoch=epoch + 1, lr=lr, loss=mean_loss, **result)
             print0("  ".join(f"{k} {v:.4g}" for k, v in values.items()))
             log(board, step, **values)
-        if stop or step == steps:
-            checkpoint(loss_sum)
+        if not loss_sum.isfinite():
+            raise DataError("The loss is not finite. Lower --blr, start over: --resume none.")
+        if rank == 0:
+            save_checkpoint(last, step=step, settings=settings, model=model.settings, result=result,
+                            **{k: part.state_dict() for k, part in parts.items()})
+        if stop:
             break
 
     # --- end
     if board:
         board.close()
-    if step < steps:
-        print0(f"stopped at step {step}; the same command goes on from {last}")
-        if world > 1:
-            dist.destroy_process_group()
-        sys.exit(1)
-    finish("linear probe", result)
+    if step == steps:
+        return finish("linear probe", result)
+    print0(f"stopped at step {step}; the same command goes on from {last}")
+    if world > 1:
+        dist.destroy_process_group()
+    sys.exit(1)
 
 
 if __name__ == "__main__":
     try:
-        main(get_args())
+        main(get_args(sys.argv[1:]))
     except (DataError, WeightsError, OSError) as e:
         raise SystemExit(f"linprobe: {e}")

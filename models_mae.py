@@ -1,24 +1,28 @@
 """The masked autoencoder, the ViT it becomes, and their weights.
 
     mae = models_mae.load_mae("runs/pretrain/last.pt")  # ours or an official MAE checkpoint
-    loss, pred, mask = mae(images)                      # uint8 (B, 3, 224, 224)
     python models_mae.py --export-timm runs/pretrain/last.pt encoder.pt --num-classes 0
 
-MAE (He et al., arXiv 2111.06377) with the official names of parameters and methods, so that
-official checkpoints load both ways. Needs torch and timm. Shapes: B images, L patches, K kept,
-D width, P = p * p * 3 pixel values of a patch. The export's last line: `encoder.pt: 150 tensors`
+MAE (He et al., arXiv 2111.06377) with the official names, so that official checkpoints load both
+ways. Needs torch and timm. Shapes: B images, L patches, K kept, D width, P = p * p * 3 pixel values
+of a patch. The export's last line: `encoder.pt: 150 tensors`
 """
 import argparse
 import math
 import warnings
 from functools import partial
 
+import safetensors.torch  # timm brings it
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch.utils.checkpoint import checkpoint
+
+
+class WeightsError(ValueError):
+    """A checkpoint, a size or a mask ratio that does not fit, and what to do."""
 
 
 # --- masking: replace this one function to try another mask; training and pictures use it
@@ -29,31 +33,29 @@ def masking_noise(shape, generator=None, device=None):
 
 # --- counting
 def count_patches(size, patch_size):
-    """Patches along a side of `size` pixels. Raises ValueError where they are not whole."""
+    """Patches along a side of `size` pixels. Raises WeightsError where they are not whole."""
     if size < patch_size or size % patch_size:
-        raise ValueError(f"{size} pixels are not whole patches of {patch_size} pixels.")
+        raise WeightsError(f"{size} pixels are not whole patches: give a multiple of {patch_size}.")
     return size // patch_size
 
 
 def num_kept(num_patches, mask_ratio):
     """Visible patches: int(L * (1 - m)), safe against float error: 100 at 0.9 keep 10."""
     if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask ratio {mask_ratio}: expected at least 0 and below 1.")
+        raise WeightsError(f"mask ratio {mask_ratio}: expected at least 0 and below 1.")
     return int(round(num_patches * (1 - mask_ratio), 6))
 
 
 def num_decoded(num_patches, kept, decoder_keep):
     """Removed patches that the decoder reconstructs: a share of them, at least one."""
-    removed = num_patches - kept
-    return max(min(1, removed), round(removed * decoder_keep))
+    return max(min(1, num_patches - kept), round((num_patches - kept) * decoder_keep))
 
 
 def flops_per_image(resolution, mask_ratio, decoder_keep=1.0, patch_size=16, embed_dim=768,
                     depth=12, decoder_embed_dim=512, decoder_depth=8, mlp_ratio=4.0, **_):
-    """FLOPs to train on one masked picture, the probe aside; a multiply-add is 2.
+    """FLOPs to train on one masked picture with a model's `settings`; a multiply-add is 2.
 
-    Takes a model's `settings`. Backward is twice forward, once for the patch embedding. What fused
-    attention computes a second time is not counted: it would raise an MFU.
+    Backward is twice forward, once for the patch embedding; recomputing is not counted.
     """
     patches = (resolution // patch_size) ** 2
     pixels = 3 * patch_size ** 2
@@ -69,37 +71,24 @@ def flops_per_image(resolution, mask_ratio, decoder_keep=1.0, patch_size=16, emb
     return 2 * (3 * forward + 2 * kept * pixels * embed_dim)
 
 
-# --- tokens and positions
-def gather_tokens(x, index):
-    """Rows of x (B or 1, L, D) at index (B, K) -> (B, K, D)"""
-    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-
-
 def sincos_table(dim, grid):
     """(1, 1 + grid * grid, dim): zeros for the class token; then column half, row half."""
     omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
-    column = axis[None].expand(grid, grid, -1)
-    row = axis[:, None].expand(grid, grid, -1)
-    table = torch.cat([column, row], dim=2).reshape(grid * grid, dim)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
+    table = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)
+    return F.pad(table, (0, 0, 1, 0))[None].float()
 
 
-# --- initialisation, common to both models
-def init_linear(m):
-    """MAE's: xavier uniform linears, zero bias."""
-    if isinstance(m, nn.Linear):
-        nn.init.xavier_uniform_(m.weight)
-        nn.init.zeros_(m.bias)
-
-
-def init_encoder(model):
+# --- common to both models
+def init_weights(model):
     """MAE's initial weights; ImageNet's mean and deviation as buffers that no checkpoint holds."""
-    statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    for name, values in statistics.items():
-        model.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-    model.apply(init_linear)
+    for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+        model.register_buffer(name, torch.tensor(rgb).view(1, 3, 1, 1), persistent=False)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.flatten(1))
     nn.init.zeros_(model.patch_embed.proj.bias)
     nn.init.normal_(model.cls_token, std=0.02)
@@ -114,8 +103,7 @@ def normalize(model, imgs):
 class MaskedAutoencoderViT(nn.Module):
     """MAE: a ViT over the visible patches and a light decoder that predicts the others' pixels.
 
-    Attributes: settings (the arguments, which travel with the weights), recompute (True: the
-    backward pass computes what is inside a block a second time, to save memory).
+    settings: the arguments, which travel with the weights. recompute: activation checkpointing.
     """
     normalize = normalize
 
@@ -149,7 +137,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * 3)
 
-        init_encoder(self)
+        init_weights(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def patchify(self, imgs):
@@ -186,8 +174,9 @@ class MaskedAutoencoderViT(nn.Module):
         pos = resample_abs_pos_embed(self.pos_embed, [math.isqrt(L)] * 2)
         proj = self.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in patchify's order
-        x = F.linear(gather_tokens(patches, ids_keep), weight, proj.bias)  # (B, K, D)
-        x = x + gather_tokens(pos[:, 1:], ids_keep)
+        patches = torch.take_along_dim(patches, ids_keep[..., None], dim=1)  # (B, K, P)
+        x = F.linear(patches, weight, proj.bias)  # (B, K, D)
+        x = x + torch.take_along_dim(pos[:, 1:], ids_keep[..., None], dim=1)
         cls_token = (self.cls_token + pos[:, :1]).expand(B, -1, -1)
         x = torch.cat([cls_token.to(x.dtype), x], dim=1)  # (B, 1 + K, D)
         return self.norm(self.run_blocks(self.blocks, x)), mask, ids_restore
@@ -207,7 +196,8 @@ class MaskedAutoencoderViT(nn.Module):
         pos = resample_abs_pos_embed(self.decoder_pos_embed, [math.isqrt(L)] * 2)
         x = self.decoder_embed(latent)  # (B, 1 + K, decoder D)
         mask_tokens = self.mask_token.to(x.dtype).expand(B, N, -1)
-        x = torch.cat([x, mask_tokens], dim=1) + gather_tokens(pos, positions)  # (B, 1 + K + N, ..)
+        x = torch.cat([x, mask_tokens], dim=1)  # (B, 1 + K + N, decoder D)
+        x = x + torch.take_along_dim(pos, positions[..., None], dim=1)
         x = self.run_blocks(self.decoder_blocks, x)
         pred = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, K + N, P)
         index = ids_shuffle[..., None].expand(-1, -1, pred.shape[2])
@@ -265,6 +255,21 @@ class MaskedAutoencoderViT(nn.Module):
         return latent[:, 1:].mean(dim=1)
 
 
+# --- evaluation
+@torch.no_grad()
+def accuracy(batches, device):
+    """All ranks' top-1, top-5 (from six classes) in percent, n: of scores (B, C), labels (B,)."""
+    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, n
+    for scores, labels in batches:
+        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (B, 5)
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels == labels).sum()])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    top1, top5, n = counts.tolist()
+    result = {"top1": 100 * top1 / n, "n": int(n)}
+    return result | ({"top5": 100 * top5 / n} if scores.shape[1] > 5 else {})
+
+
 # --- sizes: MAE's B, L, H. S and Ti are not in MAE; nano is for CPUs: the demo and the tests
 mae_vit_nano_patch8 = partial(MaskedAutoencoderViT, patch_size=8, embed_dim=128, depth=6,
                               num_heads=4, decoder_embed_dim=96, decoder_depth=2,
@@ -277,8 +282,7 @@ mae_vit_base_patch16 = partial(MaskedAutoencoderViT)
 mae_vit_large_patch16 = partial(MaskedAutoencoderViT, embed_dim=1024, depth=24, num_heads=16)
 mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, patch_size=14, embed_dim=1280, depth=32,
                                num_heads=16)
-SIZES = ("mae_vit_nano_patch8", "mae_vit_tiny_patch16", "mae_vit_small_patch16",
-         "mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+SIZES = tuple(name for name in globals() if name.startswith("mae_vit_"))
 VIT_SIZES = tuple(name.removeprefix("mae_") for name in SIZES)
 
 
@@ -292,9 +296,9 @@ def size_of(name):
 class ViT(VisionTransformer):
     """timm's ViT with MAE's initialisation: uint8 or normalised (B, 3, H, W) -> (B, classes).
 
-    classes 0 gives features (B, D). pool: "fc_norm", the mean of the last block's patch tokens and
-    a new norm (finetuning); "mean" or "cls" of the tokens after the pretrained norm (features). At
-    another resolution than img_size each forward resamples the one table that all stages train.
+    classes 0 gives features (B, D). pool: "fc_norm", a new norm of the mean of the last block's
+    patch tokens (finetuning); "mean" or "cls" after the pretrained norm (features). At another
+    resolution than img_size each forward resamples the one table that all stages train.
     """
     normalize = normalize
 
@@ -304,7 +308,7 @@ class ViT(VisionTransformer):
                          drop_path_rate=drop_path, norm_layer=partial(nn.LayerNorm, eps=1e-6),
                          **settings)
         self.settings = settings | {"img_size": img_size}
-        init_encoder(self)
+        init_weights(self)
         grid = count_patches(img_size, settings["patch_size"])
         self.pos_embed.data.copy_(sincos_table(settings["embed_dim"], grid))
         if classes:
@@ -315,24 +319,17 @@ class ViT(VisionTransformer):
 
 
 # --- weights in and out
-class WeightsError(ValueError):
-    """What is wrong with a checkpoint, and what to do."""
-
-
-def count_blocks(weights, stack):
-    return len({name.split(".")[1] for name in weights if name.startswith(stack + ".")})
-
-
 def read_weights(path):
     """A checkpoint's weights under official names, the settings that it tells, class names or None.
 
-    Reads ours, official MAE's and timm's, in torch's format or .safetensors. Only ours tell their
-    head count. Raises WeightsError.
+    Reads ours, official MAE's and timm's, of which only ours tell the head count. The path "none"
+    gives ({}, {}, None). Raises WeightsError.
     """
+    if path == "none":
+        return {}, {}, None
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file  # timm brings it
-            state = load_file(path)
+            state = safetensors.torch.load_file(path)
         else:  # official checkpoints hold their command line, a Namespace
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -340,7 +337,7 @@ def read_weights(path):
         weights = state["modules"] if ours else state.get("model", state.get("state_dict", state))
         weights = {k.removeprefix("module."): v for k, v in weights.items()}
     except Exception as e:  # a damaged file can raise anything
-        raise WeightsError(f"{path} cannot be read as a checkpoint: {e}") from e
+        raise WeightsError(f"{path} cannot be read as a checkpoint: {e}.") from e
     if ours:  # beside the model's they hold the probe's
         weights = {k[6:]: v for k, v in weights.items() if k.startswith("model.")}
         return weights, dict(state["model"]), state.get("classes")
@@ -348,7 +345,7 @@ def read_weights(path):
         width, _, _, patch = weights["patch_embed.proj.weight"].shape
         settings = dict(img_size=math.isqrt(weights["pos_embed"].shape[1] - 1) * patch,
                         patch_size=patch, embed_dim=width,
-                        depth=count_blocks(weights, "blocks"),
+                        depth=len({k.split(".")[1] for k in weights if k.startswith("blocks.")}),
                         mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width)
     except KeyError as e:
         raise WeightsError(f"{path} holds no encoder: {e} is not in it, but {list(weights)[:4]}...")
@@ -360,6 +357,8 @@ def vit_settings(name, ckpt_settings, path):
 
     Raises WeightsError where the two differ, in the head count too, which no shape would show.
     """
+    if not name and "num_heads" in ckpt_settings:  # ours
+        return {k: ckpt_settings[k] for k in size_of("vit_base_patch16")}
     candidates = [name] if name else VIT_SIZES if ckpt_settings else ["vit_base_patch16"]
     for candidate in candidates:
         size = size_of(candidate)
@@ -367,17 +366,14 @@ def vit_settings(name, ckpt_settings, path):
                       if ckpt_settings.get(k, v) != v]
         if not mismatches:
             return size
-    if not name and "num_heads" in ckpt_settings:
-        return {k: ckpt_settings[k] for k in size}
-    raise WeightsError(f"{path} is not {name or 'of a known size'}: {', '.join(mismatches)}. Name "
-                       "its --model, or none for a checkpoint of ours.")
+    raise WeightsError(f"{path} is not {name or 'of a known size'}: {', '.join(mismatches)}.")
 
 
 def resume(resume, last, settings, defaults, device, **parts):
     """The state that a run goes on from, loaded into its parts, or None. Raises WeightsError.
 
-    resume: "auto" (from `last` if it is there), "none" or a path. The settings must be those of the
-    checkpoint; one that it does not know, being older, counts as its default.
+    resume: "auto" (from `last` if there), "none" or a path. A setting that the checkpoint does not
+    know counts as its default.
     """
     path = last if resume == "auto" else resume
     if resume == "none" or (resume == "auto" and not last.exists()):
@@ -386,7 +382,7 @@ def resume(resume, last, settings, defaults, device, **parts):
         state = torch.load(path, map_location=device, weights_only=True)
         saved = defaults | state["settings"]
     except Exception as e:  # a damaged file can raise anything
-        raise WeightsError(f"--resume {path} cannot be read: {e} --resume none starts anew.") from e
+        raise WeightsError(f"{path} cannot be read: {e}. --resume none starts anew.") from e
     mismatches = [f"{k}: {saved[k]} there, {v} here" for k, v in settings.items() if saved[k] != v]
     if mismatches:
         raise WeightsError(f"{path} is of a run with other settings: {'; '.join(mismatches)}. Give "
@@ -399,24 +395,21 @@ def resume(resume, last, settings, defaults, device, **parts):
 def load_into(model, weights, path, fresh=()):
     """Loads weights into a model, the position table resampled to its size.
 
-    fresh: prefixes of what keeps its new values. A decoder, head or norm that the model does not
-    use is left out; a finetuned fc_norm stands in for a missing norm. Raises WeightsError that
-    names each tensor that is missing, unknown, or of another shape.
+    fresh: prefixes of what keeps its new values. An unused decoder, head or norm is left out; a
+    finetuned fc_norm stands in for a missing norm. Raises WeightsError that names what is wrong.
     """
     own = model.state_dict()
     if "norm.weight" in own and "norm.weight" not in weights:
         weights = {k.replace("fc_norm.", "norm."): v for k, v in weights.items()}
-    weights = {k: v for k, v in weights.items() if not k.startswith(fresh)}
     grid = math.isqrt(own["pos_embed"].shape[1] - 1)
-    weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], [grid, grid])
+    pos_embed = resample_abs_pos_embed(weights["pos_embed"], [grid, grid])
     unused = ("mask_token", "decoder", "norm.", "fc_norm.", "head.")
-    wrong = [f"{k} is missing" for k in own if k not in weights and not k.startswith(fresh)]
-    wrong += [f"{k} is unknown" for k in weights if k not in own and not k.startswith(unused)]
-    wrong += [f"{k} has another shape" for k in weights
-              if k in own and weights[k].shape != own[k].shape]
-    if wrong:
-        raise WeightsError(f"{path} does not fit the model: {', '.join(wrong)}.")
-    model.load_state_dict(own | {k: v for k, v in weights.items() if k in own})
+    weights = {k: v for k, v in weights.items() if k in own or not k.startswith(unused)}
+    weights |= {"pos_embed": pos_embed, **{k: v for k, v in own.items() if k.startswith(fresh)}}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:  # torch's words on several lines
+        raise WeightsError(f"{path} does not fit the model. {' '.join(str(e).split())}") from e
 
 
 def init_from(model, name, path):
@@ -426,8 +419,8 @@ def init_from(model, name, path):
     own = model.state_dict()
     weights |= {k: own[k] for k in own if "pos_embed" in k}  # fixed, of this size
     decoder = [k for k in own if k.startswith(("mask_token", "decoder"))]
-    heads = model.settings["decoder_num_heads"]
     fits = all(k in weights and weights[k].shape == own[k].shape for k in decoder)
+    heads = model.settings["decoder_num_heads"]
     fits = fits and ckpt_settings.get("decoder_num_heads", heads) == heads
     load_into(model, weights, path, fresh=() if fits else ("mask_token", "decoder"))
     return fits
@@ -444,7 +437,8 @@ def load_mae(path, **settings):
     if "decoder_depth" not in ckpt_settings:
         ckpt_settings |= vit_settings(None, ckpt_settings, path)
         ckpt_settings["decoder_embed_dim"] = weights["mask_token"].shape[2]
-        ckpt_settings["decoder_depth"] = count_blocks(weights, "decoder_blocks")
+        ckpt_settings["decoder_depth"] = sum(k.startswith("decoder_blocks.") and
+                                             k.endswith("norm1.weight") for k in weights)
     model = MaskedAutoencoderViT(**(ckpt_settings | settings))
     load_into(model, weights, path)
     return model.eval()

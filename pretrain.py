@@ -4,8 +4,7 @@
     python pretrain.py --demo              # drawn pictures; two minutes on two CPU cores
     python pretrain.py --benchmark 20      # images/s and MFU of each stage; nothing is trained
 
-Give the same command again and the run goes on from the folder's last.pt, after any interruption.
-The last line is the result:
+Give the same command again and the run goes on from last.pt. The last line is the result:
     done: 24 epochs, loss 1.373 -> 0.401, probe top-1 90.0 %, 0:01:54, runs/demo/last.pt
 """
 import argparse
@@ -13,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,14 +23,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import models_mae
 from essl_loader import DataError, check_batches, check_classes, open_loader
-from models_mae import WeightsError, flops_per_image, masking_noise
 from schedules import PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, lr_at, stage_at
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
@@ -42,12 +41,9 @@ FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "reco
         "num_workers", "save_minutes", "viz_every", "max_steps", "benchmark")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def get_args(argv):
+    both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
     add = p.add_argument
     on_off = argparse.BooleanOptionalAction
     add("--demo", action="store_true", help="train a tiny model on drawn pictures, made if absent")
@@ -69,7 +65,7 @@ def get_args(argv=None):
     add("--total-batch", type=int, default=PRETRAIN["total_batch"], help="masked pictures a step")
     add("--batch-size", type=int, default=512, help="of one GPU at once; the rest by accumulation")
     add("--probe", default="masked", choices=("masked", "full", "off"),
-        help="online probe on the masked pictures' features, nearly free, or on the full pictures'")
+        help="online probe on the features of masked pictures, nearly free, or of full ones")
     add("--compile", action=on_off, default=torch.cuda.is_available(), help="by torch.compile")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
@@ -82,19 +78,15 @@ def get_args(argv=None):
     add("--benchmark", type=int, default=0, metavar="N", help="only time N steps of each stage")
     add("--init", help="start from the weights of a checkpoint, ours or official MAE's")
     add("--norm-pix-loss", action=on_off, default=True, help="targets are normalised per patch")
-    words = [word.partition("=") for word in (sys.argv[1:] if argv is None else argv)]
-    words = [(k.replace("_", "-") if k.startswith("--") else k) + eq + v for k, eq, v in words]
+    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     if "--demo" in words:
         p.set_defaults(**DEMO)  # what the command line names still wins
     args = p.parse_args(words)
     args.stages = args.stages or list(PRETRAIN_SHARES.get(args.scheme, PRETRAIN_STAGES))
-    try:  # ValueError where they do not fit
+    try:
         stage_at(PRETRAIN_SCHEMES[args.scheme], 0, args.epochs, args.stages)
-        patch_size = models_mae.size_of(args.model.removeprefix("mae_"))["patch_size"]
-        patches = models_mae.count_patches(args.input_size, patch_size) ** 2
-        models_mae.num_kept(patches, args.mask_ratio or 0)
     except ValueError as e:
-        p.error(f"--stages, --input-size or --mask-ratio: {e}")
+        p.error(f"--stages: {e}")
     counts = (args.epochs, args.batch_size, args.total_batch, args.repeat, args.viz_every)
     if min(counts) < 1 or not 0 < args.decoder_keep <= 1:
         p.error("counts start at 1; --decoder-keep goes from above 0 to 1.")
@@ -166,26 +158,26 @@ class ModelWithProbe(nn.Module):
             nn.BatchNorm1d(width, track_running_stats=False), nn.Linear(width, classes))
 
     def forward(self, images, labels, mask_ratio, noise):
-        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> loss, probe loss"""
-        repeat = len(noise) // len(images)
-        if repeat > 1:  # neighbours are masks of the same picture
-            images = images.repeat_interleave(repeat, dim=0)
-            labels = labels.repeat_interleave(repeat, dim=0)
+        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> loss and probe's, loss"""
+        repeat = len(noise) // len(images)  # R: neighbours are masks of the same picture
+        images = images.repeat_interleave(repeat, dim=0)
+        labels = labels.repeat_interleave(repeat, dim=0)
         loss, _, _, latent = self.model(images, mask_ratio, noise, self.decoder_keep, True)
         if self.probe == "off":
-            return loss, torch.zeros_like(loss)
+            return loss, loss.detach()
         features = latent[:, 1:].mean(dim=1).detach()  # (B, D)
         if self.probe == "full":
             features = self.model.features(images)
-        return loss, F.cross_entropy(self.head(features.float()), labels)
+        probe_loss = nn.functional.cross_entropy(self.head(features.float()), labels)
+        return loss + probe_loss, loss.detach()
 
 
 @torch.no_grad()
 def probe_accuracy(module, loader, autocast):
     """The probe's top-1 in percent on full held-out pictures at the run's input size, all ranks'.
 
-    The head standardises them by their own mean and variance: those of masked pictures, on which
-    it learnt, differ (36 % instead of 52 % on imagenette after 60 epochs at 64 pixels).
+    The head standardises them by their own mean and variance: those of masked pictures differ
+    (36 % instead of 52 % on imagenette after 60 epochs at 64 pixels).
     """
     with autocast:
         shares = [[(module.model.features(x).float().cpu(), y.cpu()) for x, y in loader]]
@@ -198,38 +190,47 @@ def probe_accuracy(module, loader, autocast):
 
 
 @torch.no_grad()
-def save_reconstructions(model, loader, mask_ratio, path, board, step):
-    """Original, what the encoder saw, reconstruction side by side; four pictures a row."""
+def save_reconstructions(model, loader, mask_ratio, board, epoch, step):
+    """recon_*.png: original, what the encoder saw, reconstruction; four pictures a row."""
     images = next(iter(loader))[0][:12]
     L = (images.shape[-1] // model.patch_size) ** 2
-    noise = masking_noise((len(images), L), torch.Generator().manual_seed(0)).to(images.device)
+    rng = torch.Generator(loader.device).manual_seed(0)  # the same masks each time
+    noise = models_mae.masking_noise((len(images), L), rng, loader.device)
     parts = model.reconstruct(images, mask_ratio, noise)  # (3, B, 3, H, W)
     grid = make_grid(parts.transpose(0, 1).flatten(0, 1), nrow=12)
-    save_image(grid, path)
+    save_image(grid, Path(board.log_dir, f"recon_{epoch:04d}.png"))
     board.add_image("reconstructions", grid, step)
 
 
-def speed(img_s, flops, device):
-    """TFLOP/s of a GPU, its MFU where its peak is known, and the GiB that it has reserved."""
-    row = {"tflops": img_s * flops / 1e12}
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        row |= {"mfu": row["tflops"] / peak for k, peak in PEAK_TFLOPS.items() if k in name}
-        row["mem"] = torch.cuda.max_memory_reserved(device) / 2 ** 30
-    return row
+class Window:
+    """What is added up from one log line to the next, and the rates that come of it."""
 
+    def __init__(self, device):
+        self.steps = 0
+        self.losses = torch.zeros(2, device=device)  # sum of the finite ones, how many they are
+        self.data_time = 0.0  # seconds of waiting for the loader
+        self.t0 = time.time()
 
-def show(values):
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
-    print0("  ".join(words))
+    def mean_loss(self, world):
+        if world > 1:
+            dist.all_reduce(self.losses)
+        return (self.losses[0] / self.losses[1]).item()
+
+    def rates(self, total_batch, world, flops):
+        """Images/s, share of waiting; of a GPU TFLOP/s, MFU if its peak is known, GiB reserved."""
+        seconds = time.time() - self.t0
+        img_s = self.steps * total_batch / seconds
+        row = dict(img_s=img_s, data_wait=self.data_time / seconds,
+                   tflops=img_s / world * flops / 1e12)
+        if torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
+            row |= {"mfu": row["tflops"] / peak for k, peak in PEAK_TFLOPS.items() if k in name}
+            row["mem"] = torch.cuda.max_memory_reserved() / 2 ** 30
+        return row
 
 
 def benchmark(args, module, train_step, optimizer, scaler, autocast, loader, flops):
-    """Times N steps of --batch-size in each stage: on random pictures, then with the loader.
-
-    Rows: images/s of all ranks, share of waiting for data, TFLOP/s and MFU of a GPU, GiB reserved;
-    benchmark.json is written after each. Two first steps do not count.
-    """
+    """Times N steps of --batch-size in each stage: on random pictures, then with the loader."""
     rows = []
     for (res, mask_ratio), source in itertools.product(flops, ("random", "loader")):
         loader.set_stage(res=res)
@@ -238,33 +239,32 @@ def benchmark(args, module, train_step, optimizer, scaler, autocast, loader, flo
         if source == "random":
             batches = itertools.repeat((torch.randint_like(images, 256), labels))
         L = (res // module.model.patch_size) ** 2
-        noise = masking_noise((args.batch_size, L), device=loader.device)
+        noise = models_mae.masking_noise((args.batch_size, L), device=loader.device)
         row = dict(source=source, res=res, mask_ratio=mask_ratio, batch_size=args.batch_size)
-        data_time = 0.0
         try:
-            for step in range(2 + args.benchmark):
-                if step == 2:
+            for step in range(-2, args.benchmark):  # the first two do not count
+                if step <= 0:
                     scaler.get_scale()  # waits for the GPU
-                    t0 = time.time()
+                    window = Window(loader.device)
                 t_data = time.time()
                 images, labels = next(batches)
-                data_time += time.time() - t_data if step >= 2 else 0.0
+                window.data_time += time.time() - t_data
                 with autocast:
-                    losses = train_step(images, labels, mask_ratio, noise)
-                scaler.scale(sum(losses)).backward()
+                    loss, _ = train_step(images, labels, mask_ratio, noise)
+                scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
+                window.steps += 1
             scaler.get_scale()
-            seconds = time.time() - t0
-            img_s = args.benchmark * args.batch_size / seconds  # of this rank
-            row |= dict(img_s=img_s * loader.world_size, data_wait=data_time / seconds)
-            row |= speed(img_s, flops[res, mask_ratio], loader.device)
+            world = loader.world_size
+            row |= window.rates(args.batch_size * world, world, flops[res, mask_ratio])
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         rows.append(row)
-        show(row)
+        print0("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                         for k, v in row.items()))
         Path(args.output_dir, "benchmark.json").write_text(json.dumps(rows, indent=1))
 
 
@@ -309,12 +309,12 @@ def main(args):
     sizes |= dict(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss)
     model = getattr(models_mae, args.model)(**sizes)
     model.recompute = args.recompute
-    scheme = PRETRAIN_SCHEMES[args.scheme]
-    if args.mask_ratio is not None:
-        scheme = [(res, args.mask_ratio) for res, _ in scheme]
+    scheme = [(res, mask_ratio if args.mask_ratio is None else args.mask_ratio)
+              for res, mask_ratio in PRETRAIN_SCHEMES[args.scheme]]
     stages = [stage_at(scheme, epoch, args.epochs, args.stages, args.input_size, model.patch_size)
               for epoch in range(args.epochs)]
-    costs = [flops_per_image(*stage, args.decoder_keep, **model.settings) for _, stage in stages]
+    costs = [models_mae.flops_per_image(*stage, args.decoder_keep, **model.settings)
+             for _, stage in stages]
     module = ModelWithProbe(model, int(loader.labels.max()) + 1, args.probe, args.decoder_keep)
     ddp_model = module.to(device)
     if world > 1:  # a static graph cannot be told of no_sync, which accumulation needs
@@ -324,10 +324,8 @@ def main(args):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # --- optimizer
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-              {"params": list(module.head.parameters()), "weight_decay": 0.0}]  # constant rate
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    groups.append({"params": list(module.head.parameters()), "weight_decay": 0.0})  # constant rate
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=PRETRAIN["betas"], fused=True)
     peak_lr = args.blr * args.total_batch / 256
     # At scale 1 it only skips steps whose gradients are not finite, on all ranks and without
@@ -338,76 +336,62 @@ def main(args):
                          dict(zip((stage for _, stage in stages), costs)))
 
     # --- resume
-    step = skipped_steps = 0
-    first_loss = mean_loss = top1 = math.nan
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= dict(num_samples=len(loader.indices), **model.settings)
-    parts = dict(modules=module, optimizer=optimizer, scaler=scaler)
+    about = dict(settings=settings, model=model.settings, classes=loader.classes)
+    parts = dict(modules=module, optimizer=optimizer, scaler=scaler, loader=loader)
     state = models_mae.resume(args.resume, last, settings, vars(get_args([])), device, **parts)
-    if state:
-        step, skipped_steps, first_loss = state["step"], state["skipped_steps"], state["first_loss"]
-        if step % steps_per_epoch:  # in the middle of an epoch
-            loader.load_state_dict(state["loader"])
-    elif args.init:
-        decoder = models_mae.init_from(model, args.model.removeprefix("mae_"), args.init)
-        print0(f"{args.init} gives the encoder{' and the decoder' if decoder else ''}.")
+    step = state["step"] if state else 0
+    first_loss = state["first_loss"] if state else None
+    if args.init and not state:
+        fits = models_mae.init_from(model, args.model.removeprefix("mae_"), args.init)
+        print0(f"{args.init} gives the encoder{' and the decoder' * fits}.")
     if step == steps:
         print0(f"{last} is of a finished run of {args.epochs} epochs.")
         return
+    print0(f"{args.model} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} x "
+           f"{args.batch_size} x {accum} a step, {loader.num_workers} threads, {device.type}")
 
     # --- train
-    board = None
-    if rank == 0:
+    board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
+    if board:
         (folder / "args.json").write_text(json.dumps(vars(args) | {"world_size": world}, indent=1))
-        board = SummaryWriter(folder, purge_step=step + 1)
     bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
-    print0(f"{args.model} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} x "
-           f"{args.batch_size} x {accum} a step, {loader.num_workers} loader threads, {device.type}"
-           + (", compiling for a minute or more at each new stage" if args.compile else ""))
-
-    def checkpoint(path):
-        if rank == 0:
-            save_checkpoint(
-                path, loader=loader.state_dict(), epoch=epoch + 1, step=step, settings=settings,
-                model=model.settings, classes=loader.classes, skipped_steps=skipped_steps,
-                first_loss=first_loss, **{k: part.state_dict() for k, part in parts.items()})
-    mask_rng = torch.Generator(device)
     noise_shape = (accum, args.batch_size // args.repeat, world, args.repeat)
-    loss_sum = torch.zeros(2, device=device)  # since the last log line; and how many were finite
-    steps_since_log = 0
-    data_time = 0.0
-    t0 = saved_at = time.time()
     stopping = False
+    window = Window(device)
+    saved_at = time.time()
     for epoch in range(step // steps_per_epoch, args.epochs):
         index, (res, mask_ratio) = stages[epoch]
+        if epoch == 0 or stages[epoch - 1][0] != index:
+            print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels, mask ratio {mask_ratio:g}")
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
         loader.set_stage(res=res)
         batches = iter(loader)
         while step < (epoch + 1) * steps_per_epoch and not stopping:
-            # One draw for all ranks: a picture's masks do not depend on their number
-            mask_rng.manual_seed(args.seed * 1_000_003 + step)
-            noise = masking_noise((*noise_shape, (res // model.patch_size) ** 2), mask_rng, device)
-            noise = noise[:, :, rank].flatten(1, 2)  # (accum, B, L)
+            # One draw for all ranks, (accum, B, L) of it: any number of ranks gives the same masks
+            rng = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+            shape = (*noise_shape, (res // model.patch_size) ** 2)
+            noise = models_mae.masking_noise(shape, rng, device)[:, :, rank].flatten(1, 2)
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
             for group in optimizer.param_groups[:2]:
                 group["lr"] = lr
             for micro in range(accum):
                 t_data = time.time()
                 images, labels = next(batches)
-                data_time += time.time() - t_data
+                window.data_time += time.time() - t_data
                 # DDP sums the ranks' gradients in the last micro-batch of a step
                 ddp_model.require_backward_grad_sync = micro == accum - 1
                 with autocast:
-                    loss, probe_loss = train_step(images, labels, mask_ratio, noise[micro])
-                scaler.scale((loss + probe_loss) / accum).backward()
-                loss = loss.detach()
-                loss_sum += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
+                    loss, mae_loss = train_step(images, labels, mask_ratio, noise[micro])
+                scaler.scale(loss / accum).backward()
+                window.losses += torch.stack([mae_loss.nan_to_num(0, 0, 0), mae_loss.isfinite()])
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             step += 1
-            steps_since_log += 1
+            window.steps += 1
             bar.update()
             epoch_ends = step % steps_per_epoch == 0
             if world > 1:
@@ -415,53 +399,44 @@ def main(args):
             stopping = bool(stop) or step == args.max_steps
 
             if epoch_ends or stopping or step % log_every == 0:
-                if world > 1:
-                    dist.all_reduce(loss_sum)
-                mean_loss = (loss_sum[0] / loss_sum[1]).item()
-                skipped = round(-math.log2(scaler.get_scale()))
+                mean_loss = window.mean_loss(world)
+                if not math.isfinite(mean_loss) or scaler.get_scale() == 0.5 ** window.steps:
+                    raise DataError(f"step {step}: not finite. Lower --blr, --resume none anew.")
                 scaler.update(1.0)
-                if not math.isfinite(mean_loss) or skipped == steps_since_log:
-                    raise DataError(f"step {step}: loss {mean_loss}, gradients not finite, at lr "
-                                    f"{lr:.2e}. Lower --blr and resume from a checkpoint before.")
-                skipped_steps += skipped
-                first_loss = mean_loss if math.isnan(first_loss) else first_loss
-                seconds = time.time() - t0
-                img_s = steps_since_log * args.total_batch / seconds
-                values = dict(epoch=epoch + 1, stage=index + 1, res=res, mask_ratio=mask_ratio,
-                              loss=mean_loss, lr=lr, img_s=img_s, data_wait=data_time / seconds,
-                              skipped_steps=skipped_steps)
-                values |= speed(img_s / world, costs[epoch], device)
+                taken = int(optimizer.state[model.cls_token]["step"])  # AdamW's count: not skipped
+                row = dict(epoch=epoch + 1, stage=index + 1, res=res, mask_ratio=mask_ratio,
+                           loss=mean_loss, lr=lr, skipped_steps=step - taken,
+                           **window.rates(args.total_batch, world, costs[epoch]))
                 if val and epoch_ends and ((epoch + 1) % probe_every == 0 or step == steps):
-                    top1 = values["probe_top1"] = probe_accuracy(module, val, autocast)
-                log(board, step, **values)
-                # remaining FLOPs over FLOP/s: right across stages
-                epochs = sum(costs[epoch:]) / costs[epoch] - (step / steps_per_epoch - epoch)
-                left = timedelta(seconds=int(epochs * steps_per_epoch * args.total_batch / img_s))
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, {img_s:.0f} images/s, {left} left")
+                    row["probe_top1"] = probe_accuracy(module, val, autocast)
+                log(board, step, **row)
+                # Remaining FLOPs over FLOP/s: right across stages
+                epochs_left = sum(costs[epoch:]) / costs[epoch] - (step / steps_per_epoch - epoch)
+                images_left = epochs_left * steps_per_epoch * args.total_batch
+                left = timedelta(seconds=int(images_left / row["img_s"]))
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, {row['img_s']:.0f} img/s, {left} left")
+                first_loss = first_loss or mean_loss
                 if epoch_ends:
-                    show(values | {"left": left})
-                loss_sum.zero_()
-                steps_since_log = 0
-                data_time = 0.0
-                t0 = time.time()
+                    print0("  ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"  left {left}")
+                window = Window(device)
 
             stage_ends = epoch_ends and (step == steps or stages[epoch + 1][0] != index)
-            if stage_ends and step < steps:
-                checkpoint(folder / f"stage{index + 1}.pt")
             if stopping or stage_ends or time.time() - saved_at > 60 * args.save_minutes:
-                checkpoint(last)
                 saved_at = time.time()
+                milestone = [folder / f"stage{index + 1}.pt"] if stage_ends and step < steps else []
+                for path in [*milestone, last] if rank == 0 else []:
+                    save_checkpoint(path, step=step, epoch=epoch + 1, first_loss=first_loss,
+                                    **about, **{k: part.state_dict() for k, part in parts.items()})
             if rank == 0 and epoch_ends and ((epoch + 1) % args.viz_every == 0 or step == steps):
-                path = folder / f"recon_{epoch + 1:04d}.png"
-                save_reconstructions(model, val or loader, mask_ratio, path, board, step)
+                save_reconstructions(model, val or loader, mask_ratio, board, epoch + 1, step)
         if stopping:
             break
 
     # --- end
-    probe = f"probe top-1 {top1:.1f} %, " if val else ""
+    probe = f"probe top-1 {row['probe_top1']:.1f} %, " if step == steps and val else ""
     print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {mean_loss:.3f}, {probe}"
            f"{timedelta(seconds=int(time.time() - start))}, {last}" if step == steps else
-           f"stopped at step {step}: {last} is written, and the same command goes on from it")
+           f"stopped at step {step}: the same command goes on from {last}")
     if board:
         board.close()
     if world > 1:
@@ -471,6 +446,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(get_args())
-    except (DataError, WeightsError, OSError) as e:
+        main(get_args(sys.argv[1:]))
+    except (DataError, models_mae.WeightsError, OSError) as e:
         raise SystemExit(f"pretrain: {e}")
