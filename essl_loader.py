@@ -1982,6 +1982,8 @@ def check_batches(num_samples, total_batch, batch_size, world_size, repeat=1):
     whole = total_batch % (batch_size * world_size) == 0 and batch_size % repeat == 0
     if whole and total_batch <= most:
         return
+    if int(os.environ.get("RANK", 0)) > 0:
+        raise SystemExit(1)  # rank 0 says it
     batch = max(1, min(batch_size, total_batch // world_size, most // world_size) // repeat) * repeat
     total = max(1, min(total_batch, most) // (batch * world_size)) * batch * world_size
     raise DataError(
