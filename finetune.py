@@ -328,6 +328,7 @@ def main(args):
                 model=model.settings, classes=loader.classes,
                 **{k: part.state_dict() for k, part in parts.items()})
     saved_at = time.time()
+    stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
         index, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
                                                 FINETUNE_STAGES, size, vit["patch_size"])
@@ -340,7 +341,7 @@ def main(args):
         t0 = time.time()
         first_step = step
         model.train()
-        while step < (epoch + 1) * steps_per_epoch and not stop:
+        while step < (epoch + 1) * steps_per_epoch and not stopping:
             seed_step(args.seed, step, rank)
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr, MIN_LR)
             for group in optimizer.param_groups:
@@ -365,8 +366,9 @@ def main(args):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            stopping = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
             if world > 1:
-                dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # on the CPU: no GPU is waited for
+                dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
             if time.time() - saved_at > 60 * args.save_minutes:
                 checkpoint(last)
                 saved_at = time.time()
@@ -389,7 +391,7 @@ def main(args):
             if result["top1"] > best:
                 best = result["top1"]
                 checkpoint(folder / "best.pt")
-        if stop or step == steps:
+        if stopping or step == steps:
             checkpoint(last)
             break
 
@@ -401,8 +403,7 @@ def main(args):
         dist.destroy_process_group()
     if board:
         board.close()
-    if step < steps:
-        sys.exit(int(stop))
+    sys.exit(step < steps)
 
 
 if __name__ == "__main__":

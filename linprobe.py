@@ -245,6 +245,7 @@ def main(args):
            f"{loader.num_samples:,} pictures, {val.num_samples:,} held out, {device.type}")
 
     # --- train
+    stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
         done = step % steps_per_epoch * args.total_batch  # pictures of this epoch, all ranks
         if stored:
@@ -258,7 +259,7 @@ def main(args):
             batches = encoded(model, loader, autocast)
         loss_sum = torch.zeros((), device=device)
         first_step = step
-        while step < (epoch + 1) * steps_per_epoch and not stop:
+        while step < (epoch + 1) * steps_per_epoch and not stopping:
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -272,8 +273,9 @@ def main(args):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            stopping = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
             if world > 1:
-                dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # on the CPU: no GPU is waited for
+                dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
         batches.close()
 
         if step == (epoch + 1) * steps_per_epoch:
@@ -290,7 +292,7 @@ def main(args):
         if rank == 0:
             save_checkpoint(last, step=step, settings=settings, model=model.settings, result=result,
                             **{k: part.state_dict() for k, part in parts.items()})
-        if stop:
+        if stopping:
             break
 
     # --- end

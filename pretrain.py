@@ -300,6 +300,7 @@ def main(args):
         check_classes(loader, val)
     accum = args.total_batch // (args.batch_size * world)
     steps_per_epoch = loader.num_samples * args.repeat // args.total_batch
+    images_per_epoch = steps_per_epoch * args.total_batch
     steps = args.epochs * steps_per_epoch
     probe_every = max(1, args.epochs // 100)  # a hundred points of the curve cost little
     log_every = min(50, steps_per_epoch)
@@ -394,9 +395,10 @@ def main(args):
             window.steps += 1
             bar.update()
             epoch_ends = step % steps_per_epoch == 0
+            stop_now = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
             if world > 1:
-                dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # on the CPU: no GPU is waited for
-            stopping = bool(stop) or step == args.max_steps
+                dist.all_reduce(stop_now, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
+            stopping = bool(stop_now) or step == args.max_steps
 
             if epoch_ends or stopping or step % log_every == 0:
                 mean_loss = window.mean_loss(world)
@@ -412,8 +414,7 @@ def main(args):
                 log(board, step, **row)
                 # Remaining FLOPs over FLOP/s: right across stages
                 epochs_left = sum(costs[epoch:]) / costs[epoch] - (step / steps_per_epoch - epoch)
-                images_left = epochs_left * steps_per_epoch * args.total_batch
-                left = timedelta(seconds=int(images_left / row["img_s"]))
+                left = timedelta(seconds=int(epochs_left * images_per_epoch / row["img_s"]))
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, {row['img_s']:.0f} img/s, {left} left")
                 first_loss = first_loss or mean_loss
                 if epoch_ends:
@@ -441,7 +442,7 @@ def main(args):
         board.close()
     if world > 1:
         dist.destroy_process_group()
-    sys.exit(int(stop) if step < steps else 0)
+    sys.exit(step < steps and step != args.max_steps)
 
 
 if __name__ == "__main__":
