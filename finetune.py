@@ -354,7 +354,7 @@ def main(args):
                 images = erase(model.normalize(images))
                 if mixing:
                     images, targets = mixup(images, targets)  # targets become (B, classes)
-                # DDP sums the ranks' gradients in the last micro-batch of a step
+                # DDP averages the ranks' gradients in the last micro-batch of a step
                 ddp_model.require_backward_grad_sync = micro == accum - 1
                 with autocast:
                     scores = train_step(images)

@@ -265,7 +265,7 @@ def main(args):
                 group["lr"] = lr
             for micro in range(accum):
                 features, labels = next(batches)
-                # DDP sums the ranks' gradients in the last micro-batch of a step
+                # DDP averages the ranks' gradients in the last micro-batch of a step
                 ddp_head.require_backward_grad_sync = micro == accum - 1
                 loss = F.cross_entropy(ddp_head(features), labels)
                 (loss / accum).backward()

@@ -158,16 +158,17 @@ class ModelWithProbe(nn.Module):
             nn.BatchNorm1d(width, track_running_stats=False), nn.Linear(width, classes))
 
     def forward(self, images, labels, mask_ratio, noise):
-        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> loss and probe's, loss"""
+        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> loss to minimise, MAE loss"""
         repeat = len(noise) // len(images)  # R: neighbours are masks of the same picture
         images = images.repeat_interleave(repeat, dim=0)
         labels = labels.repeat_interleave(repeat, dim=0)
-        loss, _, _, latent = self.model(images, mask_ratio, noise, self.decoder_keep, True)
+        loss, _, _, latent = self.model(images, mask_ratio, noise, self.decoder_keep,
+                                        return_latent=True)
         if self.probe == "off":
             return loss, loss.detach()
         features = latent[:, 1:].mean(dim=1).detach()  # (B, D)
         if self.probe == "full":
-            features = self.model.features(images)
+            features = self.model.features(images)  # without gradients
         probe_loss = nn.functional.cross_entropy(self.head(features.float()), labels)
         return loss + probe_loss, loss.detach()
 
@@ -265,7 +266,8 @@ def benchmark(args, module, train_step, optimizer, scaler, autocast, loader, flo
         rows.append(row)
         print0("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                          for k, v in row.items()))
-        Path(args.output_dir, "benchmark.json").write_text(json.dumps(rows, indent=1))
+        if loader.rank == 0:
+            Path(args.output_dir, "benchmark.json").write_text(json.dumps(rows, indent=1))
 
 
 def main(args):
@@ -281,7 +283,7 @@ def main(args):
         dist.barrier()
 
     # --- data
-    with open_loader(args.data, 1) as loader:
+    with open_loader(args.data, 1) as loader:  # to know how many pictures there are
         indices = loader.indices
     if args.benchmark:  # few pictures will do: they are read again and again
         indices = indices.repeat(-(-args.batch_size * world // len(indices)))
@@ -291,7 +293,7 @@ def main(args):
                   device=device, res=args.input_size)
     loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],
                          order=args.order, indices=indices, **shared)
-    if len(loader.classes or range(2)) < 2:
+    if loader.classes and len(loader.classes) < 2:
         print0(f"{args.data} has no classes: there is no online probe.")
         args.probe = "off"
     val = None
@@ -329,8 +331,8 @@ def main(args):
     groups.append({"params": list(module.head.parameters()), "weight_decay": 0.0})  # constant rate
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=PRETRAIN["betas"], fused=True)
     peak_lr = args.blr * args.total_batch / 256
-    # At scale 1 it only skips steps whose gradients are not finite, on all ranks and without
-    # waiting for the GPU, and halves the scale, which counts them
+    # At scale 1 it scales nothing: it skips steps whose gradients are not finite, on all ranks,
+    # without waiting for the GPU, and halves the scale, by which they are counted
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
     if args.benchmark:
         return benchmark(args, module, train_step, optimizer, scaler, autocast, loader,
@@ -376,13 +378,13 @@ def main(args):
             shape = (*noise_shape, (res // model.patch_size) ** 2)
             noise = models_mae.masking_noise(shape, rng, device)[:, :, rank].flatten(1, 2)
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
-            for group in optimizer.param_groups[:2]:
+            for group in optimizer.param_groups[:2]:  # not the probe's
                 group["lr"] = lr
             for micro in range(accum):
                 t_data = time.time()
                 images, labels = next(batches)
                 window.data_time += time.time() - t_data
-                # DDP sums the ranks' gradients in the last micro-batch of a step
+                # DDP averages the ranks' gradients in the last micro-batch of a step
                 ddp_model.require_backward_grad_sync = micro == accum - 1
                 with autocast:
                     loss, mae_loss = train_step(images, labels, mask_ratio, noise[micro])
@@ -402,10 +404,11 @@ def main(args):
 
             if epoch_ends or stopping or step % log_every == 0:
                 mean_loss = window.mean_loss(world)
-                if not math.isfinite(mean_loss) or scaler.get_scale() == 0.5 ** window.steps:
+                skipped_all = scaler.get_scale() <= 0.5 ** window.steps
+                if (skipped_all or not math.isfinite(mean_loss)) and window.steps > log_every / 2:
                     raise DataError(f"step {step}: not finite. Lower --blr, --resume none anew.")
                 scaler.update(1.0)
-                taken = int(optimizer.state[model.cls_token]["step"])  # AdamW's count: not skipped
+                taken = int(optimizer.state[model.cls_token]["step"])  # AdamW's count
                 row = dict(epoch=epoch + 1, stage=index + 1, res=res, mask_ratio=mask_ratio,
                            loss=mean_loss, lr=lr, skipped_steps=step - taken,
                            **window.rates(args.total_batch, world, costs[epoch]))
@@ -442,7 +445,7 @@ def main(args):
         board.close()
     if world > 1:
         dist.destroy_process_group()
-    sys.exit(step < steps and step != args.max_steps)
+    sys.exit(step < steps and step != args.max_steps)  # 1: cut short by a signal
 
 
 if __name__ == "__main__":
