@@ -35,9 +35,9 @@ from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, bind,
                          ffcv_decoder, make_scratch, random_box, resized_crop, usable_cores)
 
 SECTIONS = ("alternatives", "decomposition", "compression", "pixels")
-ALTERNATIVES = {  # name: what it reads; flags of build_beton.py are a file built with them
-    "image folder": "folder", "FFCV": "file", "FFCV + ffcv_decoder": "file",
-    "ESSL bilinear": "file", "ESSL": "file", "ESSL views=2": "file",
+ALTERNATIVES = {  # name: argument that it reads, or build_beton.py's flags for a file of it
+    "image folder": "data_dir", "FFCV": "data", "FFCV + ffcv_decoder": "data",
+    "ESSL bilinear": "data", "ESSL": "data", "ESSL views=2": "data",
     "ESSL 4:4:4": "--chroma 444", "ESSL lossless": "--lossless"}
 COMPRESSION = {f"{side}_{quality}": f"--max-resolution {side} --quality {quality}"  # Table 4
                for side, quality in ((500, 100), (500, 95), (500, 90), (256, 95))}
@@ -101,7 +101,7 @@ def serve(pipe, make, make_args):
             run = run or make(*make_args)
             pipe.send(run(request))
     except Exception as error:  # whatever an alternative raises, the others go on
-        pipe.send(error if isinstance(error, DataError) else RuntimeError(repr(error)))
+        pipe.send(error if isinstance(error, DataError) else RuntimeError(error))
 
 
 def start_child(stack, make, *make_args):
@@ -127,7 +127,7 @@ def start_child(stack, make, *make_args):
 
 
 def measure(args, report, makes, base):
-    """Rows of images/s, by processes {name: (make, *arguments)} in turns; they warm up before."""
+    """Rows of images/s, by processes {name: (make, *arguments)} in turns; they warm up first."""
     rows = []
     children = {}
     with contextlib.ExitStack() as stack:
@@ -136,8 +136,7 @@ def measure(args, report, makes, base):
                 if name in ("FFCV + ffcv_decoder", "ESSL bilinear"):  # our kernels into the cache
                     start_child(stack, *make)(False)
                 child = start_child(stack, *make)
-                first = child(False)
-                rows.append({"name": name, **child(True), **first})
+                rows.append({"name": name, **child(False), **child(True)})
                 children[name] = child
             except RuntimeError as error:
                 leave_out(report, name, error)
@@ -157,12 +156,10 @@ def measure(args, report, makes, base):
 # --- loaders
 def find_source(args, reads):
     """The path that an alternative reads; a file of --data-dir is built once for its flags."""
-    if reads == "file":
-        return args.data
-    if not args.data_dir:
+    if not args.data_dir and reads != "data":
         raise RuntimeError("it needs a folder of pictures, --data-dir")
-    if reads == "folder":
-        return args.data_dir
+    if hasattr(args, reads):
+        return getattr(args, reads)
     path = Path(args.temporary, f"{reads.replace('-', '').replace(' ', '_')}.beton")
     if not path.exists():
         script = Path(__file__).with_name("build_beton.py")
@@ -222,9 +219,9 @@ def loader_passes(args, name, reads, res):
             if with_memory:  # at each batch: no loader gives buffers back before the end
                 memory.append(held_memory())
         row = {"images_s": n / (time.perf_counter() - times[0])}
-        row["memory_MB"] = max(memory) - memory[0]
-        row["first_batch_s"] = times[1] - opened  # of the first pass
-        return row
+        if with_memory:
+            return {**row, "memory_MB": max(memory) - memory[0]}
+        return {**row, "first_batch_s": times[1] - opened}  # of use in the first pass
     return run
 
 
@@ -336,8 +333,8 @@ def main(args):
     report = {"command": sys.argv, "left_out": []}
     with tempfile.TemporaryDirectory() as args.temporary:
         try:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.plot.parent.mkdir(parents=True, exist_ok=True)
+            for path in (args.json, args.plot):
+                path.parent.mkdir(parents=True, exist_ok=True)
             if not args.data and args.data_dir:
                 args.data = find_source(args, COMPRESSION["500_95"])
             reader = BetonReader(args.data or "data/train_500_95.beton")
@@ -346,9 +343,9 @@ def main(args):
                 raise DataError(f"{args.data} holds {reader.num_samples:,} pictures, "
                                 f"{args.data_dir} another number: take the folder that it is of.")
             cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
-            report["hardware"] = f"{cpu}, {args.num_workers} core(s)"
-            report["file"] = f"{args.data}, {reader.num_samples:,} images of {args.data_dir}"
-            print(f"{report['hardware']}; {report['file']}", flush=True)
+            report["measured_on"] = (f"{cpu}, {args.num_workers} core(s), {args.data}: "
+                                     f"{reader.num_samples:,} images of {args.data_dir}")
+            print(report["measured_on"], flush=True)
             kept = np.setdiff1d(np.arange(reader.num_samples), reader.excluded)
             args.ids = np.resize(kept, args.images)
             for section in SECTIONS:

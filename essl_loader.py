@@ -1687,6 +1687,7 @@ def fill_share(table, scale, ratio, seed, epoch, res, bicubic, codes):
         x, y, w, h = random_box(width, height, scale, ratio, seed, epoch, draw, 0)
         codes[i] = resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic, False,
                                 to, scratch)
+    memory[0] = 0  # numba frees an array after its last use, and scratch lies in this one
 
 
 # --- reader
