@@ -2440,7 +2440,8 @@ def check_batches(num_samples, total_batch, batch_size, world_size, repeat=1):
         return
     if int(os.environ.get("RANK", 0)) > 0:
         raise SystemExit(1)  # rank 0 says it
-    batch = max(1, min(batch_size, total_batch // world_size, most // world_size) // repeat) * repeat
+    batch = min(batch_size, total_batch // world_size, most // world_size)
+    batch = max(1, batch // repeat) * repeat
     total = max(1, min(total_batch, most) // (batch * world_size)) * batch * world_size
     raise DataError(
         f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
