@@ -1336,7 +1336,7 @@ def test_pretrain_full_disk_ends_and_goes_on(folder, unbroken, tmp_path):
 def test_pretrain_torchrun_restarts_after_a_killed_rank(folder, tmp_path, kills):
     """torchrun --standalone --max-restarts: the other rank ends, all go on from last.pt, and the
     end is the unbroken two ranks', bit for bit."""
-    cut, whole = (flags(pretrain, folder, tmp_path / name, "--epochs", 50 * (1 + kills),
+    cut, whole = (flags(pretrain, folder, tmp_path / name, "--epochs", 20 * (1 + kills),
                         "--save-minutes", 0.002, "--viz-every", 1000) for name in ("cut", "whole"))
     out = open(tmp_path / "out.txt", "w")
     torchrun = subprocess.Popen(command("pretrain.py", *cut, ranks=2, restarts=kills),
