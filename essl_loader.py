@@ -19,6 +19,7 @@ import json
 import math
 import operator
 import os
+import queue
 import random
 import signal
 import sys
@@ -26,6 +27,7 @@ import threading
 import weakref
 import zlib
 from collections import namedtuple
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -35,9 +37,8 @@ import numba
 import numpy as np
 import torch
 from numba import carray, njit, objmode, types
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
-from numba.np import arrayobj
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import lower_builtin, models, register_model
 
 # --- format: FFCV's .beton, version 2, little-endian
 # | header 24 B | field descriptors 1041 B each | samples | pages ... | allocation table to end |
@@ -101,7 +102,7 @@ def bind():
     if not _bound:
         lib = load_turbojpeg()
         lib.tjInitDecompress.restype = ctypes.c_void_p
-        for name in ("tjInitDecompress", "tjDecompress2", "tjDestroy"):
+        for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
             # Under a name of our own: ffcv brings the system's copy into the process.
             address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
             llvmlite.binding.add_symbol("essl_" + name, address)
@@ -150,6 +151,8 @@ memset = _c("memset", _word, _word, _i32, _word)  # to, byte, size
 memcpy = _c("memcpy", _word, _word, _word, _word)  # to, from, size
 tj_init = _c("essl_tjInitDecompress", _word)
 tj_destroy = _c("essl_tjDestroy", _i32, _word)
+tj_header = _c(  # handle, jpeg, size, addresses: width, height, subsampling, colour space
+    "essl_tjDecompressHeader3", _i32, _word, _word, _word, _word, _word, _word, _word)
 tj_rgb = _c(  # handle, jpeg, size, to, width, pitch, height, format, flags
     "essl_tjDecompress2", _i32, _word, _word, _word, _word, _i32, _i32, _i32, _i32, _i32)
 STOP_ON_WARNING = 8192  # libjpeg-turbo then fails where it would paint damaged blocks grey
@@ -161,124 +164,11 @@ F = np.float32
 U = np.uint64
 
 
-# --- kernels: memory. Kernels take addresses, not arrays: FFCV alters numba's shared type of byte
-# arrays (os_cache.py, `t1.mutable = False`), and a kernel that uses it is not found afterwards.
-# Those that Python calls are marked cache=True; the cache holds them with all that they call.
-def memory_access(bits):
-    """Two intrinsics: load the integer of so many bits at an address, and store it there."""
-    integer = ir.IntType(bits)
-
-    @intrinsic
-    def load_integer(typing_context, address):
-        def codegen(context, builder, sig, args):
-            value = builder.load(builder.inttoptr(args[0], integer.as_pointer()), align=1)
-            if bits == 64:
-                return value
-            return builder.sext(value, ir.IntType(64))
-        return types.int64(types.intp), codegen
-
-    @intrinsic
-    def store_integer(typing_context, address, value):
-        def codegen(context, builder, sig, args):
-            value = args[1] if bits == 64 else builder.trunc(args[1], integer)
-            builder.store(value, builder.inttoptr(args[0], integer.as_pointer()), align=1)
-            return context.get_dummy_value()
-        return types.none(types.intp, types.int64), codegen
-    return load_integer, store_integer
-
-
-load_int16, store_int16 = memory_access(16)
-load_int32, store_int32 = memory_access(32)
-load_int64, store_int64 = memory_access(64)
-
-
-@intrinsic
-def bytes_at(typing_context, address, n):
-    """n bytes at an address, as an array of a type that is not the one that FFCV alters."""
-    array_type = types.Array(types.uint8, 1, "C", aligned=False)
-
-    def codegen(context, builder, signature, args):
-        array = context.make_array(array_type)(context, builder)
-        data = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        one = context.get_constant(types.intp, 1)
-        arrayobj.populate_array(array, data, [args[1]], [one], one, None)
-        return array._getvalue()
-    return array_type(types.intp, types.intp), codegen
-
-
-@intrinsic
-def as_pointer(typing_context, address):
-    """An address as the pointer that carray() wants."""
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
-    return types.voidptr(types.intp), codegen
-
-
-@njit
-def int64s_at(address, n):
-    return carray(as_pointer(address), (n,), np.int64)
-
-
-@intrinsic
-def load_big_endian(typing_context, address):
-    """The eight bytes at an address, aligned or not, as a big-endian number."""
-    def codegen(context, builder, sig, args):
-        word = builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), align=1)
-        return word if sys.byteorder == "big" else builder.bswap(word)
-    return types.uint64(types.intp), codegen
-
-
-@intrinsic
-def load_float(typing_context, address):
-    def codegen(context, builder, sig, args):
-        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=4)
-    return types.float32(types.intp), codegen
-
-
-@intrinsic
-def store_float(typing_context, address, value):
-    def codegen(context, builder, sig, args):
-        builder.store(args[1], builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=4)
-        return context.get_dummy_value()
-    return types.none(types.intp, types.float32), codegen
-
-
-@intrinsic
-def atomic_add(typing_context, address, value):
-    """Adds to the int64 at an address; returns what was there."""
-    def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
-    return types.int64(types.intp, types.int64), codegen
-
-
-@intrinsic
-def atomic_swap_if(typing_context, address, expected, value):
-    """Stores value in the int64 at an address if expected is there; returns what was there."""
-    def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        pair = builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "acquire")
-        return builder.extract_value(pair, 0)
-    return types.int64(types.intp, types.int64, types.int64), codegen
-
-
-@njit(nogil=True, cache=True)
-def atomic_load(address):
-    """The int64 at an address, with all that was stored before it; for Python."""
-    return atomic_add(address, 0)
-
-
-@njit(nogil=True, cache=True)
-def atomic_store(address, value):
-    """Publishes an int64 at an address after all that was stored before it; for Python."""
-    before = atomic_add(address, 0)
-    while atomic_swap_if(address, before, value) != before:
-        before = atomic_add(address, 0)
-
-
-# --- vectors: a numba type over LLVM's, so that one expression works on 8 to 32 numbers at once
-# LLVM does not vectorise these loops well by itself (16-bit products, transposes, packing). Written
-# as LLVM's generic operations, the same source compiles for x86 and ARM.
+# --- kernels: LLVM instructions that numba does not offer, on addresses and on vectors of 8 to 32
+# numbers. LLVM does not vectorise these loops (16-bit products, transposes, packing) well itself.
+# Only generic operations are used: the same source compiles for x86 and ARM. Kernels take
+# addresses, not byte arrays: FFCV alters numba's shared type of those (os_cache.py,
+# `t1.mutable = False`), and a kernel that uses it is not found afterwards.
 class Vector(types.Type):
     """`lanes` numbers of one LLVM type."""
 
@@ -293,204 +183,279 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, vector.ir_type)
 
 
-I8x32 = Vector(ir.IntType(8), 32)
-I16x8 = Vector(ir.IntType(16), 8)
-I16x16 = Vector(ir.IntType(16), 16)
-I32x8 = Vector(ir.IntType(32), 8)
-F32x8 = Vector(ir.FloatType(), 8)
+I8 = ir.IntType(8)
+I16 = ir.IntType(16)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+BYTES = ir.VectorType(I8, 32)
+WORDS = Vector(I16, 16)
+FLOATS = Vector(ir.FloatType(), 8)
+address_type = types.intp
 
 
-@infer_global(operator.add)
-@infer_global(operator.iadd)
-@infer_global(operator.sub)
-@infer_global(operator.mul)
-@infer_global(operator.and_)
-@infer_global(operator.or_)
-@infer_global(operator.xor)
-@infer_global(operator.lshift)
-@infer_global(operator.rshift)
-class VectorOperator(AbstractTemplate):
-    def generic(self, args, kws):
-        if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-            return signature(args[0], *args)
+def emits(result, *arguments, function=None):
+    """Kernels may call the decorated function, or `function`; it emits LLVM code for such a call.
+
+    result, arguments: numba's types.
+    """
+    def register(emit):
+        key = function or emit
+        members = {"key": key, "cases": [signature(result, *arguments)]}
+        infer_global(key, types.Function(type("Emitted", (ConcreteTemplate,), members)))
+
+        @lower_builtin(key, *arguments)
+        def lower(context, builder, sig, args):
+            value = emit(builder, *args)
+            return context.get_dummy_value() if value is None else value
+        return emit
+    return register
 
 
-def lower_operator(operation, integer, floating=None):
-    """Tells numba which of llvmlite's instructions an operator of two vectors is."""
-    @lower_builtin(operation, Vector, Vector)
-    def lower(context, builder, sig, args):
-        if sig.return_type == F32x8:
-            return getattr(builder, floating)(*args, flags=("contract",))  # may become an FMA
-        return getattr(builder, integer)(*args)
+def load_and_store(kind, value_type, memory_type):
+    """Two functions for kernels: load a value at an address, aligned or not, and store it there."""
+    @emits(kind, address_type)
+    def load(builder, address):
+        value = builder.load(builder.inttoptr(address, memory_type.as_pointer()), align=1)
+        return value if memory_type == value_type else builder.sext(value, value_type)
+
+    @emits(types.none, address_type, kind)
+    def store(builder, address, value):
+        if memory_type != value_type:
+            value = builder.trunc(value, memory_type)
+        builder.store(value, builder.inttoptr(address, memory_type.as_pointer()), align=1)
+    return load, store
 
 
-lower_operator(operator.add, "add", "fadd")
-lower_operator(operator.iadd, "add", "fadd")
-lower_operator(operator.sub, "sub", "fsub")
-lower_operator(operator.mul, "mul", "fmul")
-lower_operator(operator.and_, "and_")
-lower_operator(operator.or_, "or_")
-lower_operator(operator.xor, "xor")
-lower_operator(operator.lshift, "shl")
-lower_operator(operator.rshift, "ashr")
+load_int16, store_int16 = load_and_store(types.int64, I64, I16)
+load_int32, store_int32 = load_and_store(types.int64, I64, I32)
+load_int64, store_int64 = load_and_store(types.int64, I64, I64)
+load_float, store_float = load_and_store(types.float32, ir.FloatType(), ir.FloatType())
+load_floats, store_floats = load_and_store(FLOATS, FLOATS.ir_type, FLOATS.ir_type)
+load_words, store_words = load_and_store(WORDS, WORDS.ir_type, WORDS.ir_type)
+
+
+@emits(types.int64, address_type)
+def load_byte(builder, address):
+    return builder.zext(builder.load(builder.inttoptr(address, I8.as_pointer())), I64)
+
+
+@emits(types.none, address_type, types.int64)
+def store_byte(builder, address, value):
+    builder.store(builder.trunc(value, I8), builder.inttoptr(address, I8.as_pointer()))
+
+
+@emits(types.uint64, address_type)
+def load_big_endian(builder, address):
+    """The eight bytes at an address, aligned or not, as a big-endian number."""
+    word = builder.load(builder.inttoptr(address, I64.as_pointer()), align=1)
+    return word if sys.byteorder == "big" else builder.bswap(word)
+
+
+@emits(types.voidptr, address_type)
+def as_pointer(builder, address):
+    return builder.inttoptr(address, I8.as_pointer())
+
+
+@emits(types.int64, address_type, types.int64)
+def atomic_add(builder, address, value):
+    """Adds to the int64 at an address; returns what was there."""
+    return builder.atomic_rmw("add", builder.inttoptr(address, I64.as_pointer()), value, "acq_rel")
+
+
+@emits(types.int64, address_type, types.int64)
+def atomic_swap(builder, address, value):
+    """Stores an int64 at an address after all that was stored before; returns what was there."""
+    return builder.atomic_rmw("xchg", builder.inttoptr(address, I64.as_pointer()), value, "acq_rel")
+
+
+def call_llvm(builder, name, *args):
+    function_type = ir.FunctionType(args[0].type, [arg.type for arg in args])
+    return builder.call(builder.module.declare_intrinsic(name, (), function_type), args)
+
+
+@emits(types.boolean, types.boolean)
+def unlikely(builder, condition):
+    """A condition that LLVM should keep out of the way: what it leads to spills the registers."""
+    return call_llvm(builder, "llvm.expect.i1", condition, ir.Constant(ir.IntType(1), 0))
+
+
+def add_operator(operation, instruction, kind, **options):
+    @emits(kind, kind, kind, function=operation)
+    def emit(builder, a, b):
+        return getattr(builder, instruction)(a, b, **options)
+
+
+for operation, instruction in ((operator.add, "add"), (operator.iadd, "add"), (operator.sub, "sub"),
+                               (operator.and_, "and_"), (operator.xor, "xor"),
+                               (operator.lshift, "shl"), (operator.rshift, "ashr")):
+    add_operator(operation, instruction, WORDS)
+for operation, instruction in ((operator.add, "fadd"), (operator.iadd, "fadd"),
+                               (operator.sub, "fsub"), (operator.mul, "fmul")):
+    add_operator(operation, instruction, FLOATS, flags=("contract",))  # may become an FMA
 
 
 def shuffle(builder, a, b, lanes):
     """LLVM's shufflevector: lanes of a followed by b."""
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
+    mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
     return builder.shuffle_vector(a, b, mask)
 
 
-def splat_value(builder, scalar, ir_type):
-    vector = builder.insert_element(ir.Constant(ir_type, ir.Undefined), scalar,
-                                    ir.Constant(ir.IntType(32), 0))
-    return shuffle(builder, vector, vector, [0] * ir_type.count)
+def repeated(builder, scalar, ir_type):
+    one = builder.insert_element(ir.Constant(ir_type, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return shuffle(builder, one, one, [0] * ir_type.count)
 
 
-@intrinsic
-def load(typing_context, kind, address):
-    """The vector of a kind at an address, aligned or not."""
-    vector = kind.instance_type
-
-    def codegen(context, builder, sig, args):
-        return builder.load(builder.inttoptr(args[1], vector.ir_type.as_pointer()), align=1)
-    return vector(kind, types.intp), codegen
+@emits(WORDS, types.int64)
+def splat_word(builder, number):
+    """A number, an int16, in every lane."""
+    return repeated(builder, builder.trunc(number, I16), WORDS.ir_type)
 
 
-@intrinsic
-def store(typing_context, address, vector):
-    def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], vector.ir_type.as_pointer())
-        builder.store(args[1], pointer, align=1)
-        return context.get_dummy_value()
-    return types.none(types.intp, vector), codegen
+@emits(WORDS, address_type)
+def splat_pair(builder, address):
+    """The int16 that stands twice in an int32 at an address, in every lane."""
+    number = builder.load(builder.inttoptr(address, I32.as_pointer()), align=4)
+    return builder.bitcast(repeated(builder, number, ir.VectorType(I32, 8)), WORDS.ir_type)
 
 
-@intrinsic
-def splat(typing_context, kind, number):
-    """A vector of a kind with a number, int64 or float32, in every lane."""
-    vector = kind.instance_type
-    scalar = types.float32 if vector == F32x8 else types.int64
-
-    def codegen(context, builder, sig, args):
-        value = args[1]
-        if vector != F32x8:
-            value = builder.trunc(value, vector.ir_type.element)
-        return splat_value(builder, value, vector.ir_type)
-    return vector(kind, scalar), codegen
+@emits(FLOATS, types.float32)
+def splat_float(builder, number):
+    """A number in every lane."""
+    return repeated(builder, number, FLOATS.ir_type)
 
 
-@intrinsic
-def reinterpret(typing_context, kind, vector):
-    """The same bits as a vector of another kind."""
-    def codegen(context, builder, sig, args):
-        return builder.bitcast(args[1], kind.instance_type.ir_type)
-    return kind.instance_type(kind, vector), codegen
+@emits(FLOATS, types.float32, types.float32)
+def ramp(builder, first, step):
+    """first, first + step, ..., first + 7 * step."""
+    lanes = ir.Constant(FLOATS.ir_type, [float(lane) for lane in range(8)])
+    steps = builder.fmul(lanes, repeated(builder, step, FLOATS.ir_type), flags=("contract",))
+    return builder.fadd(repeated(builder, first, FLOATS.ir_type), steps, flags=("contract",))
 
 
-@intrinsic
-def to_floats(typing_context, vector):
+@emits(FLOATS, FLOATS)
+def magnitude(builder, a):
+    return call_llvm(builder, "llvm.fabs.v8f32", a)
+
+
+@emits(FLOATS, FLOATS, types.float32, types.float32)
+def clamp(builder, a, low, high):
+    a = call_llvm(builder, "llvm.maxnum.v8f32", a, repeated(builder, low, FLOATS.ir_type))
+    return call_llvm(builder, "llvm.minnum.v8f32", a, repeated(builder, high, FLOATS.ir_type))
+
+
+@emits(types.float32, FLOATS)
+def sum_lanes(builder, a):
+    for n in (4, 2, 1):
+        low = shuffle(builder, a, a, range(n))
+        a = builder.fadd(low, shuffle(builder, a, a, range(n, 2 * n)))
+    return builder.extract_element(a, ir.Constant(I32, 0))
+
+
+def rounded(builder, floats):
+    name = f"llvm.lrint.v{floats.type.count}i32.v{floats.type.count}f32"
+    function_type = ir.FunctionType(ir.VectorType(I32, floats.type.count), [floats.type])
+    return builder.call(builder.module.declare_intrinsic(name, (), function_type), [floats])
+
+
+@emits(types.none, address_type, FLOATS)
+def store_pairs(builder, address, a):
+    """Stores eight numbers, rounded to int16, each twice."""
+    wide = ir.VectorType(I32, 8)
+    low = builder.and_(rounded(builder, a), ir.Constant(wide, [0xFFFF] * 8))
+    pairs = builder.mul(low, ir.Constant(wide, [0x10001] * 8))
+    builder.store(pairs, builder.inttoptr(address, wide.as_pointer()), align=4)
+
+
+@emits(FLOATS, address_type)
+def load_coefficients(builder, address):
     """Eight int16 as float32."""
-    def codegen(context, builder, sig, args):
-        return builder.sitofp(builder.sext(args[0], I32x8.ir_type), F32x8.ir_type)
-    return F32x8(vector), codegen
+    words = ir.VectorType(I16, 8)
+    value = builder.load(builder.inttoptr(address, words.as_pointer()), align=2)
+    return builder.sitofp(builder.sext(value, ir.VectorType(I32, 8)), FLOATS.ir_type)
 
 
-@intrinsic
-def multiply_high(typing_context, a, b):
-    """(a * b) >> 16 of int16: one instruction on x86."""
-    def codegen(context, builder, sig, args):
-        wide = ir.VectorType(ir.IntType(32), a.ir_type.count)
-        product = builder.mul(builder.sext(args[0], wide), builder.sext(args[1], wide))
-        sixteen = ir.Constant(wide, [16] * wide.count)
-        return builder.trunc(builder.ashr(product, sixteen), a.ir_type)
-    return a(a, b), codegen
+@emits(WORDS, WORDS, WORDS)
+def multiply_high(builder, a, b):
+    """(a * b) >> 16: one instruction on x86."""
+    wide = ir.VectorType(I32, 16)
+    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    return builder.trunc(builder.ashr(product, ir.Constant(wide, [16] * 16)), WORDS.ir_type)
 
 
-def call_llvm(builder, name, return_type, *args):
-    function_type = ir.FunctionType(return_type, [arg.type for arg in args])
-    return builder.call(builder.module.declare_intrinsic(name, (), function_type), args)
-
-
-def clamp_value(builder, value):
+def clamp_to_byte(builder, value):
     """Integers within -128 and 127: before a truncation LLVM makes it a saturating pack."""
     suffix = f"v{value.type.count}i{value.type.element.width}"
     for name, bound in (("smax", -128), ("smin", 127)):
         bounds = ir.Constant(value.type, [bound] * value.type.count)
-        value = call_llvm(builder, f"llvm.{name}.{suffix}", value.type, value, bounds)
+        value = call_llvm(builder, f"llvm.{name}.{suffix}", value, bounds)
     return value
 
 
-@intrinsic
-def clamp_to_byte(typing_context, vector):
-    """Each lane of int16 within -128 and 127."""
-    def codegen(context, builder, sig, args):
-        return clamp_value(builder, args[0])
-    return vector(vector), codegen
+@emits(WORDS, WORDS, WORDS)
+def pack_bytes(builder, even, odd):
+    """Even and odd samples in 1/64 level as int8, in alternating bytes."""
+    six = ir.Constant(WORDS.ir_type, [6] * 16)
+    low = builder.and_(clamp_to_byte(builder, builder.ashr(even, six)),
+                       ir.Constant(WORDS.ir_type, [255] * 16))
+    high = builder.shl(clamp_to_byte(builder, builder.ashr(odd, six)),
+                       ir.Constant(WORDS.ir_type, [8] * 16))
+    return builder.or_(low, high)
 
 
-@intrinsic
-def zip_low(typing_context, a, b):
-    """Of each 16 bytes of a and b: the first eight, alternating."""
-    lanes = [half + i // 2 + 32 * (i % 2) for half in (0, 16) for i in range(16)]
-
-    def codegen(context, builder, sig, args):
-        return shuffle(builder, *args, lanes)
-    return a(a, b), codegen
-
-
-@intrinsic
-def zip_high(typing_context, a, b):
-    """Of each 16 bytes of a and b: the last eight, alternating."""
-    lanes = [half + 8 + i // 2 + 32 * (i % 2) for half in (0, 16) for i in range(16)]
-
-    def codegen(context, builder, sig, args):
-        return shuffle(builder, *args, lanes)
-    return a(a, b), codegen
-
-
-@intrinsic
-def store_halves(typing_context, address, distance, vector):
-    """Stores 16 of 32 bytes at an address, and the others at a distance from it."""
-    def codegen(context, builder, sig, args):
-        for half, at in ((0, args[0]), (1, builder.add(args[0], args[1]))):
-            value = shuffle(builder, args[2], args[2], range(16 * half, 16 * half + 16))
-            builder.store(value, builder.inttoptr(at, value.type.as_pointer()), align=1)
-        return context.get_dummy_value()
-    return types.none(types.intp, types.intp, vector), codegen
-
-
-@intrinsic
-def store_rounded(typing_context, address, a, b, c, d):
+@emits(types.none, address_type, FLOATS, FLOATS, FLOATS, FLOATS)
+def store_rounded(builder, address, a, b, c, d):
     """Stores four vectors of eight float32 as 32 int8, rounded and saturated."""
-    def codegen(context, builder, sig, args):
-        ab = shuffle(builder, args[1], args[2], range(16))
-        cd = shuffle(builder, args[3], args[4], range(16))
-        floats = shuffle(builder, ab, cd, range(32))
-        wide = ir.VectorType(ir.IntType(32), 32)
-        numbers = call_llvm(builder, "llvm.lrint.v32i32.v32f32", wide, floats)
-        numbers = builder.trunc(clamp_value(builder, numbers), I8x32.ir_type)
-        pointer = builder.inttoptr(args[0], I8x32.ir_type.as_pointer())
-        builder.store(numbers, pointer, align=1)
-        return context.get_dummy_value()
-    return types.none(types.intp, a, b, c, d), codegen
+    ab = shuffle(builder, a, b, range(16))
+    cd = shuffle(builder, c, d, range(16))
+    numbers = clamp_to_byte(builder, rounded(builder, shuffle(builder, ab, cd, range(32))))
+    pointer = builder.inttoptr(address, BYTES.as_pointer())
+    builder.store(builder.trunc(numbers, BYTES), pointer, align=1)
 
 
-@intrinsic
-def store_interleaved(typing_context, address, r, g, b):
+@emits(types.none, address_type, WORDS, WORDS, WORDS)
+def store_interleaved(builder, address, *planes):
     """Stores three vectors of 32 bytes as 32 pixels of three bytes."""
-    def codegen(context, builder, sig, args):
-        for half in range(2):
-            parts = [shuffle(builder, v, v, range(16 * half, 16 * half + 16)) for v in args[1:]]
-            for i in range(3):  # 16 bytes each: two of the three at a time, for byte shuffles
-                places = range(16 * i, 16 * i + 16)
-                rg = shuffle(builder, *parts[:2], [k // 3 + 16 * (k % 3 == 1) for k in places])
-                lanes = [k // 3 + 16 if k % 3 == 2 else k - 16 * i for k in places]
-                rgb = shuffle(builder, rg, parts[2], lanes)
-                at = builder.add(args[0], ir.Constant(ir.IntType(64), 48 * half + 16 * i))
-                builder.store(rgb, builder.inttoptr(at, rgb.type.as_pointer()), align=1)
-        return context.get_dummy_value()
-    return types.none(types.intp, r, g, b), codegen
+    planes = [builder.bitcast(plane, BYTES) for plane in planes]
+    for half in range(2):
+        parts = [shuffle(builder, v, v, range(16 * half, 16 * half + 16)) for v in planes]
+        for i in range(3):  # 16 bytes each: two of the three at a time, for byte shuffles
+            places = range(16 * i, 16 * i + 16)
+            rg = shuffle(builder, *parts[:2], [k // 3 + 16 * (k % 3 == 1) for k in places])
+            lanes = [k // 3 + 16 if k % 3 == 2 else k - 16 * i for k in places]
+            at = builder.add(address, ir.Constant(I64, 48 * half + 16 * i))
+            rgb = shuffle(builder, rg, parts[2], lanes)
+            builder.store(rgb, builder.inttoptr(at, rgb.type.as_pointer()), align=1)
+
+
+@emits(types.none, address_type, types.int64, address_type, types.int64)
+def transpose_16x32(builder, source, source_stride, target, target_stride):
+    """16 rows of 32 bytes at source become 32 rows of 16 at target."""
+    rows = []
+    for _ in range(16):
+        pointer = builder.inttoptr(source, BYTES.as_pointer())
+        rows.append(builder.load(pointer, align=1))
+        source = builder.add(source, source_stride)
+    # Four times each 16 bytes of row k and of row k + 8 alternate: in the low or high half
+    lanes = [[part + 8 * high + i // 2 + 32 * (i % 2) for part in (0, 16) for i in range(16)]
+             for high in range(2)]
+    for _ in range(4):
+        rows = [shuffle(builder, rows[k // 2], rows[k // 2 + 8], lanes[k % 2]) for k in range(16)]
+    for half in range(2):
+        for row in rows:
+            value = shuffle(builder, row, row, range(16 * half, 16 * half + 16))
+            builder.store(value, builder.inttoptr(target, value.type.as_pointer()), align=1)
+            target = builder.add(target, target_stride)
+
+
+@njit
+def int64s_at(address, n):
+    return carray(as_pointer(address), (n,), np.int64)
+
+
+@njit(nogil=True, cache=True)
+def publish(address, value):
+    """Stores an int64 at an address after all that was stored before it; for Python."""
+    atomic_swap(address, value)
 
 
 # --- kernels: random draws. Reference: torchvision's RandomResizedCrop.get_params, in distribution
@@ -550,18 +515,15 @@ OK, SHORT_READ, BROKEN, OTHER_SIZE, UNKNOWN = range(5)
 REASONS = {
     SHORT_READ: "the file ends inside it",
     BROKEN: "its JPEG data are damaged",
-    OTHER_SIZE: "its JPEG header and the file's table give different sizes",
-    UNKNOWN: "its kind of JPEG cannot be decoded to RGB"}
+    OTHER_SIZE: "its JPEG header and the file's table give different sizes"}
 # What parse_jpeg finds. MCU = the 8x8 to 16x16 pixels whose blocks of all components JPEG stores
-# together. QUANT, DC, AC: the table of each of three components. TABLES: a bit for each table
-# that the file defines.
+# together. QUANT, DC, AC: the table of each of three components. TABLES: a bit for each that was
+# defined.
 HEIGHT, WIDTH, COMPONENTS, H_SAMP, V_SAMP, INTERVAL, SCAN, TABLES = range(8)
 QUANT = 8
 DC = 11
 AC = 14
-BIT_END_NOW = 17  # of the interval that is being decoded
-CLEAN_END = 18  # of what was unstuffed
-INFO_SIZE = 19
+INFO_SIZE = 17
 PREFIX = 11  # bits that one look-up decodes: larger tables take longer to build than they save
 PREFIXES = 1 << PREFIX
 TABLE = 4 * (PREFIXES + 320)  # bytes of a Huffman table: entries, 20 limits, 20 offsets, symbols
@@ -595,8 +557,8 @@ def fill_entries(table, first, count, entry):
 
 
 @njit
-def build_table(src, at, dc, table):
-    """Huffman table (ITU-T T.81, annex C) from its 16 counts and symbols at src[at].
+def build_table(source, dc, table):
+    """Huffman table (ITU-T T.81, annex C) from its 16 counts and symbols at an address.
 
     An entry of 32 bits for the next PREFIX bits: value << 16 | (zeros before it + 1) << 8 | bits of
     code and value. Where they are more than PREFIX, symbol << 24 | bits of the code << 16 |
@@ -607,12 +569,12 @@ def build_table(src, at, dc, table):
     code = 0
     n = 0
     for length in range(1, 17):
-        count = np.int64(src[at + length - 1])
+        count = load_byte(source + length - 1)
         store_int32(table + OFFSETS + 4 * length, n - code)
         if code + count > 1 << length or n + count > 256:
             return False
         for _ in range(count):
-            symbol = np.int64(src[at + 16 + n])
+            symbol = load_byte(source + 16 + n)
             store_int32(table + SYMBOLS + 4 * n, symbol)
             run = symbol >> 4
             size = symbol & 15
@@ -647,116 +609,109 @@ def long_code(word, table):
 
 
 @njit
-def parse_jpeg(src, size, info, tables, quants):
-    """Reads a baseline JPEG's header and tables; returns a code of REASONS.
-
-    UNKNOWN: it takes libjpeg-turbo (progressive, CMYK, ...). tables, quants: addresses of four
-    each. A quantisation step is stored with the inverse DCT's scale factors, float32, in natural
-    order.
-    """
-    info[:] = 0
-    rgb = False
-    names = 0
-    i = 2
-    if size < 4 or src[0] != 0xFF or src[1] != 0xD8:
-        return BROKEN
-    while i + 4 <= size:
-        marker = src[i + 1]
-        length = (src[i + 2] << 8) + src[i + 3]
-        p = i + 4
-        end = i + 2 + length
-        if src[i] != 0xFF or length < 2 or end > size:
-            return BROKEN
-        if marker == 0xDB:  # quantisation tables, of bytes or words
-            while p < end:
-                wide = src[p] >> 4
-                t = src[p] & 3
-                if wide > 1 or p + 65 + 64 * wide > end:
-                    return BROKEN
-                for k in range(64):
-                    q = p + 1 + k + wide * k
-                    step = src[q] if wide == 0 else (src[q] << 8) + src[q + 1]
-                    natural = ZIGZAG[k]
-                    scale = AAN[natural >> 3] * AAN[natural & 7] / 8
-                    store_float(quants + 256 * t + 4 * natural, F(step * scale))
-                info[TABLES] |= 16 << t
-                p += 65 + 64 * wide
-        elif marker == 0xC4:  # Huffman tables
-            while p + 17 <= end:
-                t = (src[p] >> 4 << 1) + (src[p] & 1)
-                n = 0
-                for k in range(16):
-                    n += src[p + 1 + k]
-                if src[p] & 0xEE:
-                    return UNKNOWN
-                if p + 17 + n > end or not build_table(src, p + 1, t < 2, tables + TABLE * t):
-                    return BROKEN
-                info[TABLES] |= 1 << t
-                p += 17 + n
-        elif 0xC0 <= marker <= 0xCF and marker != 0xC8 and marker != 0xCC:  # SOF: size, sampling
-            n = np.int64(src[i + 9]) if length >= 8 else 0
-            if n == 0 or length < 8 + 3 * n:
-                return BROKEN
-            info[HEIGHT] = (src[i + 5] << 8) + src[i + 6]
-            info[WIDTH] = (src[i + 7] << 8) + src[i + 8]
-            if marker > 0xC1 or src[p] != 8 or (n != 1 and n != 3):
-                return UNKNOWN
-            info[COMPONENTS] = n
-            info[H_SAMP] = src[i + 11] >> 4
-            info[V_SAMP] = src[i + 11] & 15
-            if n == 1:
-                info[H_SAMP] = 1
-                info[V_SAMP] = 1
-            elif src[i + 14] != 0x11 or src[i + 17] != 0x11:
-                return UNKNOWN
-            if not (1 <= info[H_SAMP] <= 2 and 1 <= info[V_SAMP] <= 2):
-                return UNKNOWN
-            rgb = rgb or src[i + 10] == 82  # a component named R is red
-            for c in range(n):
-                info[QUANT + c] = src[i + 12 + 3 * c] & 3
-                names = names << 8 | src[i + 10 + 3 * c]
-        elif marker == 0xEE and length >= 14 and src[p] == 65 and src[p + 11] == 0:
-            rgb = True  # Adobe's mark with transform 0
-        elif marker == 0xDD and length >= 4:
-            info[INTERVAL] = (src[p] << 8) + src[p + 1]
-        elif marker == 0xDA:  # SOS: the entropy-coded data follow
-            info[SCAN] = end
-            n = info[COMPONENTS]
-            scan_names = 0
-            if n == 0 or length < 6 + 2 * n or src[p] != n or (rgb and n == 3):
-                return UNKNOWN
-            for c in range(n):
-                scan_names = scan_names << 8 | src[p + 1 + 2 * c]
-                info[DC + c] = src[p + 2 + 2 * c] >> 4
-                info[AC + c] = 2 + (src[p + 2 + 2 * c] & 15)
-                needed = 16 << info[QUANT + c] | 1 << info[DC + c] | 1 << info[AC + c]
-                if info[DC + c] > 1 or info[AC + c] > 3 or info[TABLES] & needed != needed:
-                    return BROKEN
-            return OK if names == scan_names else UNKNOWN
-        i = end
-    return BROKEN
+def load_16(address):
+    return load_byte(address) << 8 | load_byte(address + 1)
 
 
 @njit
-def find_intervals(src, size, info, starts, needed):
-    """Offsets of the first `needed` restart intervals, and of what follows the last one's marker.
+def parse_jpeg(source, size, info, tables, quants):
+    """Reads the header and tables of a baseline JPEG at an address; returns a code of REASONS.
+
+    Anything out of the ordinary is UNKNOWN: libjpeg-turbo says what that is. tables, quants:
+    addresses of four each. A quantisation step is stored with the inverse DCT's scale factors,
+    float32, in natural order.
+    """
+    info[:] = 0
+    if size < 4 or load_16(source) != 0xFFD8:
+        return UNKNOWN
+    at = source + 2
+    while at + 4 <= source + size:
+        marker = load_16(at)
+        length = load_16(at + 2)
+        p = at + 4
+        end = at + 2 + length
+        if end + 2 > source + size:
+            return UNKNOWN
+        if marker == 0xFFDB:  # quantisation tables of bytes
+            while p + 65 <= end:
+                t = load_byte(p)
+                if t > 3:
+                    return UNKNOWN
+                for k in range(64):
+                    natural = ZIGZAG[k]
+                    scale = AAN[natural >> 3] * AAN[natural & 7] / 8
+                    store_float(quants + 256 * t + 4 * natural, F(load_byte(p + 1 + k) * scale))
+                info[TABLES] |= 16 << t
+                p += 65
+        elif marker == 0xFFC4:  # Huffman tables
+            while p + 17 <= end:
+                t = (load_byte(p) >> 3) + (load_byte(p) & 1)
+                n = 0
+                for k in range(16):
+                    n += load_byte(p + 1 + k)
+                if load_byte(p) & 0xEE or p + 17 + n > end:
+                    return UNKNOWN
+                if not build_table(p + 1, t < 2, tables + TABLE * t):
+                    return UNKNOWN
+                info[TABLES] |= 1 << t
+                p += 17 + n
+        elif marker == 0xFFC0 or marker == 0xFFC1:  # frame: size and sampling
+            n = (length - 8) // 3
+            if length != 11 and length != 17 or load_byte(p) != 8 or load_byte(p + 5) != n:
+                return UNKNOWN
+            info[HEIGHT] = load_16(p + 1)
+            info[WIDTH] = load_16(p + 3)
+            info[COMPONENTS] = n
+            for c in range(n):
+                sampling = load_byte(p + 7 + 3 * c)
+                if load_byte(p + 6 + 3 * c) != c + 1 or (c > 0 and sampling != 0x11):
+                    return UNKNOWN
+                info[QUANT + c] = load_byte(p + 8 + 3 * c) & 3
+            info[H_SAMP] = load_byte(p + 7) >> 4 if n == 3 else 1
+            info[V_SAMP] = load_byte(p + 7) & 15 if n == 3 else 1
+            if not (1 <= info[H_SAMP] <= 2 and 1 <= info[V_SAMP] <= 2):
+                return UNKNOWN
+        elif marker == 0xFFDD and length == 4:
+            info[INTERVAL] = load_16(p)
+        elif marker == 0xFFDA:  # scan: the entropy-coded data follow
+            info[SCAN] = end
+            n = info[COMPONENTS]
+            if n == 0 or length != 6 + 2 * n or load_byte(p) != n:
+                return UNKNOWN
+            for c in range(n):
+                used = load_byte(p + 2 + 2 * c)
+                info[DC + c] = used >> 4
+                info[AC + c] = 2 + (used & 15)
+                needed = 16 << info[QUANT + c] | 1 << info[DC + c] | 1 << info[AC + c]
+                if load_byte(p + 1 + 2 * c) != c + 1 or used & 0xEE:
+                    return UNKNOWN
+                if info[TABLES] & needed != needed:
+                    return UNKNOWN
+            return OK
+        elif not 0xFFE0 <= marker <= 0xFFFE or marker == 0xFFEE:  # comments do not matter
+            return UNKNOWN  # FFEE: Adobe's, which may say that the components are RGB
+        at = end
+    return UNKNOWN
+
+
+@njit
+def find_intervals(size_end, info, starts, needed):
+    """Addresses of the first `needed` restart intervals, and of what follows the last one's marker.
 
     Returns how many there are up to there, -1 where the markers are not in sequence.
     """
-    base = src.ctypes.data
-    i = info[SCAN]
+    at = info[SCAN]
     n = 0
-    starts[0] = i
-    while n < needed and i < size - 1:
-        found = memchr(base + i, 0xFF, size - 1 - i)
-        if found == 0:
+    starts[0] = at
+    while n < needed and at < size_end - 1:
+        at = memchr(at, 0xFF, size_end - 1 - at)
+        if at == 0:
             return -1
-        i = found - base
-        marker = src[i + 1]
-        i += 1 if marker == 0xFF else 2
+        marker = load_byte(at + 1)
+        at += 1 if marker == 0xFF else 2
         if marker != 0 and marker != 0xFF:
             n += 1
-            starts[n] = i
+            starts[n] = at
             if marker == 0xD9:
                 return n
             if marker != 0xD0 + ((n - 1) & 7):
@@ -765,45 +720,31 @@ def find_intervals(src, size, info, starts, needed):
 
 
 @njit
-def unstuff(src, start, end, clean):
+def unstuff(start, end, clean):
     """Copies entropy-coded data without the zero that JPEG puts behind each 0xFF; the size."""
-    base = src.ctypes.data
-    o = 0
+    first = clean
     while start < end:
-        found = memchr(base + start, 0xFF, end - start)
-        n = end - start if found == 0 else found - base - start + 1
-        memcpy(clean + o, base + start, n)
-        o += n
+        found = memchr(start, 0xFF, end - start)
+        n = end - start if found == 0 else found - start + 1
+        memcpy(clean, start, n)
+        clean += n
         start += n + 1
-    return o
+    return clean - first
 
 
-@intrinsic
-def unlikely(typing_context, condition):
-    """A condition that LLVM should keep out of the way: what it leads to spills the registers."""
-    def codegen(context, builder, sig, args):
-        bit = ir.IntType(1)
-        return call_llvm(builder, "llvm.expect.i1", bit, args[0], ir.Constant(bit, 0))
-    return types.boolean(types.boolean), codegen
-
-
-# A stream decodes one interval after the other. Its state between calls, in 64-bit words: DC
-# predictors of three components, bit position, coefficient's number << 8, place, end of its places,
-# end of its bits, bits that may be left there, where its coefficients begin.
-DC_PREDICTOR = 0
-POSITION, COUNT, PLACE, PLACE_END, BIT_END, SLACK, ORIGIN = range(24, 80, 8)
-STREAM_SIZE = 128
-# A place is where a block of the row goes, in 64-bit words: offset of its coefficients, addresses
-# of its tables, offset of its DC predictor.
+# A place is where a block of a row goes, in 64-bit words: address of its coefficients, addresses of
+# its tables, offset of its DC predictor in the stream. The first place is where a stream waits when
+# nothing is left: its tables give the same symbol for ever.
 PLACE_SIZE = 32
-# A unit is what a stream takes next, in 64-bit words: first bit, end of the bits, first place, end
-# of the places, origin of the coefficients, bits that may be left. One that is CONTINUED goes on
-# where its stream stands.
-UNIT_SIZE = 48
-CONTINUED = -1
+# A unit is an interval that is decoded, or the part of it in the crop, in 64-bit words: bit
+# positions where it begins, may end at the earliest and at the latest; its first place, and the end
+# of its places.
+BIT_LOW, BIT_HIGH, PLACE, PLACE_END, UNIT_SIZE = range(8, 48, 8)
+# A stream decodes one unit after the other: three DC predictors, the unit.
+UNIT = 24
+STREAM_SIZE = 32
+DAMAGED = 0
 BLOCK_DONE = 63 << 8  # a count from here on is the end of a block, an escape, or damage
-NO_MORE = 0
-DAMAGED = -1
 
 
 @njit(forceinline=True)
@@ -813,22 +754,12 @@ def bits_at(position):
 
 
 @njit(forceinline=True)
-def next_unit(stream, units):
-    """Takes a unit from the list (its first word: next, its second: end); False if none is left."""
-    unit = load_int64(units)
-    if unit == load_int64(units + 8):
-        return False
-    store_int64(units, unit + UNIT_SIZE)
-    if load_int64(unit) != CONTINUED:
-        store_int64(stream + POSITION, load_int64(unit))
-        for component in range(3):
-            store_int64(stream + DC_PREDICTOR + 8 * component, 0)
-    store_int64(stream + BIT_END, load_int64(unit + 8))
-    store_int64(stream + PLACE, load_int64(unit + 16))
-    store_int64(stream + PLACE_END, load_int64(unit + 24))
-    store_int64(stream + ORIGIN, load_int64(unit + 32))
-    store_int64(stream + SLACK, load_int64(unit + 40))
-    return True
+def next_symbol(word, count, table, coefs, zigzag):
+    """Decodes a look-up's worth; count: coefficient's number << 8 | bits used since the refill."""
+    entry = load_int32(table + (np.int64(word >> U(64 - PREFIX)) << 2))
+    count += entry & 0xFFFF
+    store_int16(coefs + load_int64(zigzag + (count >> 8 << 3)), entry >> 16)
+    return word << U(entry & 63), count, entry
 
 
 @njit(forceinline=True)
@@ -841,32 +772,44 @@ def long_symbol(entry, word, table):
 
 
 @njit(forceinline=True)
-def start_block(stream, position, place):
-    """Decodes the DC coefficient of the block of a place: ITU-T T.81, F.2.2.1.
+def next_block(stream, units, position, place):
+    """A block ends: decodes the DC coefficient of the next (ITU-T T.81, F.2.2.1).
 
-    Returns (word, position, count, AC table, coefficients, place); count is -1 for damage.
+    units: address of the address of the next unit. Returns (word, position, count, AC table,
+    coefficients, place).
     """
+    unit = load_int64(stream + UNIT)
+    place += PLACE_SIZE
+    good = position <= load_int64(unit + BIT_HIGH)
+    if place == load_int64(unit + PLACE_END):
+        good &= position >= load_int64(unit + BIT_LOW)
+        unit = load_int64(units)
+        store_int64(units, unit + UNIT_SIZE)
+        store_int64(stream + UNIT, unit)
+        position = load_int64(unit)
+        place = load_int64(unit + PLACE)
+        for component in range(3):
+            store_int64(stream + 8 * component, 0)
     table = load_int64(place + 8)
     word = bits_at(position)
     entry = load_int32(table + (np.int64(word >> U(64 - PREFIX)) << 2))
     length, size = long_symbol(entry, word, table)
     word <<= U(length)
     value = signed(np.int64((word >> U(1)) >> U(63 - size)), size)
-    predictor = stream + DC_PREDICTOR + load_int64(place + 24)
+    predictor = stream + load_int64(place + 24)
     value += load_int64(predictor)
     store_int64(predictor, value)
-    coefs = load_int64(stream + ORIGIN) + load_int64(place)
+    coefs = load_int64(place)
     store_int16(coefs, value)
     position += length + size
-    return bits_at(position), position, 0 if length else -1, load_int64(place + 16), coefs, place
+    table = load_int64(place + 16)
+    place = place if good and length > 0 else DAMAGED
+    return bits_at(position), position, 0, table, coefs, place
 
 
 @njit(forceinline=True)
 def after_symbol(stream, units, zigzag, entry, position, count, table, coefs, place):
-    """What follows a symbol that is an escape or ends its block; returns as start_block does.
-
-    place is NO_MORE when no unit is left and DAMAGED when the data are wrong.
-    """
+    """What follows a symbol that is an escape or ends its block; returns as next_block does."""
     position += count & 255
     k = count >> 8
     if k >= ESCAPE:
@@ -885,107 +828,42 @@ def after_symbol(stream, units, zigzag, entry, position, count, table, coefs, pl
             k = 64
         if k < 63:
             return bits_at(position), position, k << 8, table, coefs, place
-    over = position - load_int64(stream + BIT_END)
-    if 63 < k < END_OF_BLOCK or over > 0:
-        return U(0), position, 0, table, coefs, DAMAGED
-    place += PLACE_SIZE
-    if place == load_int64(stream + PLACE_END):
-        if over < -load_int64(stream + SLACK):
-            return U(0), position, 0, table, coefs, DAMAGED
-        if not next_unit(stream, units):
-            return U(0), position, 0, table, coefs, NO_MORE
-        position = load_int64(stream + POSITION)
-        place = load_int64(stream + PLACE)
-    word, position, count, table, coefs, place = start_block(stream, position, place)
-    if count < 0:
+    word, position, count, table, coefs, place = next_block(stream, units, position, place)
+    if 63 < k < END_OF_BLOCK:
         place = DAMAGED
-    return word, position, 0, table, coefs, place
+    return word, position, count, table, coefs, place
 
 
 @njit
-def decode_single(stream, units, zigzag):
-    """Decodes what a stream is at, and all units left, on its own; OK or BROKEN."""
-    position = load_int64(stream + POSITION)
-    place = load_int64(stream + PLACE)
-    count = load_int64(stream + COUNT)
-    table = load_int64(place + 16)
-    coefs = load_int64(stream + ORIGIN) + load_int64(place)
-    word = bits_at(position)
-    while True:
-        for _ in range(5):
-            entry = load_int32(table + (np.int64(word >> U(64 - PREFIX)) << 2))
-            word <<= U(entry & 63)
-            count += entry & 0xFFFF
-            store_int16(coefs + load_int64(zigzag + (count >> 8 << 3)), entry >> 16)
-            if unlikely(count >= BLOCK_DONE):
-                word, position, count, table, coefs, place = after_symbol(
-                    stream, units, zigzag, entry, position, count, table, coefs, place)
-                if place <= NO_MORE:
-                    store_int64(stream + POSITION, position)
-                    return OK if place == NO_MORE else BROKEN
-        position += count & 255
-        count &= -256
-        word = bits_at(position)
-
-
-@njit
-def save_stream(stream, position, count, place):
-    store_int64(stream + POSITION, position + (count & 255))
-    store_int64(stream + COUNT, count & -256)
-    store_int64(stream + PLACE, place)
-
-
-@njit
-def decode_units(streams, units, zigzag, parallel):
+def decode_units(streams, units, zigzag, waiting):
     """Decodes all units of a list to coefficients: ITU-T T.81, annex F; OK or BROKEN.
 
     Two streams take turns symbol by symbol, so that the latency of one's look-up hides behind the
-    other's; not parallel where units continue one another. A refill lasts for five symbols. The
-    zigzag table has 256 rows: those that are no coefficient lead to a place for trash, so that the
-    store comes before the test. Reads at most 250 bytes behind an interval. Reference:
-    libjpeg-turbo; about 180 us for a crop of 278 x 278.
+    other's. A refill lasts for five symbols. The zigzag table has 256 rows: those that are no
+    coefficient lead to a place for trash, so that the store comes before the test. Reads at most
+    250 bytes behind a unit. waiting: the place where a stream ends. Reference: libjpeg-turbo; about
+    180 us for a crop of 278 x 278.
     """
     one = streams
     two = streams + STREAM_SIZE
-    if not next_unit(one, units):
-        return OK
-    word1, position1, count1, table1, coefs1, place1 = start_block(
-        one, load_int64(one + POSITION), load_int64(one + PLACE))
-    if count1 < 0:
-        return BROKEN
-    if not parallel or not next_unit(two, units):
-        save_stream(one, position1, count1, place1)
-        return decode_single(one, units, zigzag)
-    word2, position2, count2, table2, coefs2, place2 = start_block(
-        two, load_int64(two + POSITION), load_int64(two + PLACE))
-    if count2 < 0:
+    word1, position1, count1, table1, coefs1, place1 = next_block(one, units, 0, 0)
+    word2, position2, count2, table2, coefs2, place2 = next_block(two, units, 0, 0)
+    if place1 == DAMAGED or place2 == DAMAGED:
         return BROKEN
     while True:
         for _ in range(5):
-            entry = load_int32(table1 + (np.int64(word1 >> U(64 - PREFIX)) << 2))
-            word1 <<= U(entry & 63)
-            count1 += entry & 0xFFFF
-            store_int16(coefs1 + load_int64(zigzag + (count1 >> 8 << 3)), entry >> 16)
+            word1, count1, entry = next_symbol(word1, count1, table1, coefs1, zigzag)
             if unlikely(count1 >= BLOCK_DONE):
                 word1, position1, count1, table1, coefs1, place1 = after_symbol(
                     one, units, zigzag, entry, position1, count1, table1, coefs1, place1)
-                if place1 <= NO_MORE:
-                    if place1 == DAMAGED:
-                        return BROKEN
-                    save_stream(two, position2, count2, place2)
-                    return decode_single(two, units, zigzag)
-            entry = load_int32(table2 + (np.int64(word2 >> U(64 - PREFIX)) << 2))
-            word2 <<= U(entry & 63)
-            count2 += entry & 0xFFFF
-            store_int16(coefs2 + load_int64(zigzag + (count2 >> 8 << 3)), entry >> 16)
+                if place1 == DAMAGED or (place1 == waiting and place2 == waiting):
+                    return BROKEN if place1 == DAMAGED else OK
+            word2, count2, entry = next_symbol(word2, count2, table2, coefs2, zigzag)
             if unlikely(count2 >= BLOCK_DONE):
                 word2, position2, count2, table2, coefs2, place2 = after_symbol(
                     two, units, zigzag, entry, position2, count2, table2, coefs2, place2)
-                if place2 <= NO_MORE:
-                    if place2 == DAMAGED:
-                        return BROKEN
-                    save_stream(one, position1, count1, place1)
-                    return decode_single(one, units, zigzag)
+                if place2 == DAMAGED or (place1 == waiting and place2 == waiting):
+                    return BROKEN if place2 == DAMAGED else OK
         position1 += count1 & 255
         count1 &= -256
         word1 = bits_at(position1)
@@ -995,33 +873,33 @@ def decode_units(streams, units, zigzag, parallel):
 
 
 @njit(forceinline=True)
-def inverse_dct_8(a0, a1, a2, a3, a4, a5, a6, a7):
+def inverse_dct_8(a):
     """Inverse DCT of eight scaled values: Arai, Agui and Nakajima (Pennebaker, Mitchell, 4.4.3)."""
-    root2 = splat(F32x8, F(1.414213562))
-    e0 = a0 + a4
-    e1 = a0 - a4
-    e3 = a2 + a6
-    e2 = (a2 - a6) * root2 - e3
+    root2 = splat_float(F(1.414213562))
+    e0 = a[0] + a[4]
+    e1 = a[0] - a[4]
+    e3 = a[2] + a[6]
+    e2 = (a[2] - a[6]) * root2 - e3
     b0 = e0 + e3
     b3 = e0 - e3
     b1 = e1 + e2
     b2 = e1 - e2
-    z13 = a5 + a3
-    z10 = a5 - a3
-    z11 = a1 + a7
-    z12 = a1 - a7
+    z13 = a[5] + a[3]
+    z10 = a[5] - a[3]
+    z11 = a[1] + a[7]
+    z12 = a[1] - a[7]
     c7 = z11 + z13
-    z5 = (z10 + z12) * splat(F32x8, F(1.847759065))
-    c6 = z5 - z10 * splat(F32x8, F(2.613125930)) - c7
+    z5 = (z10 + z12) * splat_float(F(1.847759065))
+    c6 = z5 - z10 * splat_float(F(2.613125930)) - c7
     c5 = (z11 - z13) * root2 - c6
-    c4 = z5 - z12 * splat(F32x8, F(1.082392200)) - c5
+    c4 = z5 - z12 * splat_float(F(1.082392200)) - c5
     return b0 + c7, b1 + c6, b2 + c5, b3 + c4, b3 - c4, b2 - c5, b1 - c6, b0 - c7
 
 
 @njit(forceinline=True)
 def dequantised(coefs, quants, k):
     """Coefficient k of eight blocks, as float32."""
-    return to_floats(load(I16x8, coefs + 16 * k)) * splat(F32x8, load_float(quants + 4 * k))
+    return load_coefficients(coefs + 16 * k) * splat_float(load_float(quants + 4 * k))
 
 
 @njit
@@ -1033,26 +911,19 @@ def inverse_dct(coefs, quants, work, to, stride):
     one level; 0.13 us.
     """
     for c in range(8):
-        v = inverse_dct_8(
+        v = inverse_dct_8((
             dequantised(coefs, quants, c), dequantised(coefs, quants, c + 8),
             dequantised(coefs, quants, c + 16), dequantised(coefs, quants, c + 24),
             dequantised(coefs, quants, c + 32), dequantised(coefs, quants, c + 40),
-            dequantised(coefs, quants, c + 48), dequantised(coefs, quants, c + 56))
-        at = work + 32 * c
-        store(at, v[0])
-        store(at + 256, v[1])
-        store(at + 512, v[2])
-        store(at + 768, v[3])
-        store(at + 1024, v[4])
-        store(at + 1280, v[5])
-        store(at + 1536, v[6])
-        store(at + 1792, v[7])
+            dequantised(coefs, quants, c + 48), dequantised(coefs, quants, c + 56)))
+        for r in range(8):
+            store_floats(work + 256 * r + 32 * c, v[r])
     for r in range(8):
         at = work + 256 * r
-        v = inverse_dct_8(
-            load(F32x8, at), load(F32x8, at + 32), load(F32x8, at + 64), load(F32x8, at + 96),
-            load(F32x8, at + 128), load(F32x8, at + 160), load(F32x8, at + 192),
-            load(F32x8, at + 224))
+        v = inverse_dct_8((
+            load_floats(at), load_floats(at + 32), load_floats(at + 64), load_floats(at + 96),
+            load_floats(at + 128), load_floats(at + 160), load_floats(at + 192),
+            load_floats(at + 224)))
         store_rounded(to + r * stride, v[0], v[1], v[2], v[3])
         store_rounded(to + r * stride + 32, v[4], v[5], v[6], v[7])
 
@@ -1061,10 +932,9 @@ def inverse_dct(coefs, quants, work, to, stride):
 # address, stride, first column and row, pixels that a sample is wide and high, whether its columns
 # lie as inverse_dct leaves them.
 Scratch = namedtuple("Scratch", (
-    "raw clean starts info plane tables quants zigzag streams units places coefs work planes split "
-    "rows filters_x filters_y first_x first_y a b resized end num_starts"))
-ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, BY_GROUPS = range(7)
-PLANE_SIZE = 7
+    "raw clean starts info plane tables quants zigzag wait streams units places coefs work planes "
+    "split rows filters_x filters_y first_x first_y a b resized end num_starts"))
+ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, BY_GROUPS, PLANE_SIZE = range(8)
 
 
 @njit
@@ -1072,31 +942,28 @@ def planes_at(address):
     return carray(as_pointer(address), (3, PLANE_SIZE), np.int64)
 
 
-
-
 @njit(nogil=True, cache=True)
 def lay_out_scratch(memory, max_bytes, max_width, max_height, max_area, res):
     """Scratch at an address, for samples of at most these bytes, sides and pixels; end: its end."""
     out = (res + 31) // 32 * 32
     wide = (max_width + 16 + 63) // 64 * 64 + 64
-    tall = max_height + 64
-    side = max(wide, tall)
+    side = max(wide, max_height + 64)
     area = max_area + 144 * max_height + 64 * max_width + 16384  # MCUs and groups that stick out
     num_starts = max_area // 64 + max_width + max_height + 64
     mcus = max_width // 8 + 16
     filters = 4 * (4 * side + 16 * res + 64)
     sizes = (max_bytes + 64, max_bytes + 8192, 8 * num_starts, 8 * INFO_SIZE, 24 * PLANE_SIZE,
-             4 * TABLE, 4 * 256, 8 * 256, 2 * STREAM_SIZE, UNIT_SIZE * (2 * mcus + 64),
-             PLACE_SIZE * 6 * mcus, GROUP * (6 * (mcus // 8 + 2) + 2), 2048, 3 * area, 3 * area,
-             8 * side, filters, filters, 8 * res, 8 * res, out * side + 4096, out * side + 4096,
-             3 * out * out + 4096)
-    at = np.zeros(24, np.int64)
+             4 * TABLE, 4 * 256, 8 * 256, 64, 2 * STREAM_SIZE, UNIT_SIZE * (mcus + 8),
+             PLACE_SIZE * (6 * mcus + 1), GROUP * (6 * (mcus // 8 + 2) + 2), 2048, 3 * area,
+             3 * area, 8 * side, filters, filters, 8 * res, 8 * res, out * side + 4096,
+             out * side + 4096, 3 * out * out + 4096)
+    at = np.zeros(25, np.int64)
     at[0] = memory
-    for i in range(23):
+    for i in range(24):
         at[i + 1] = at[i] + (sizes[i] + 63) // 64 * 64
     return Scratch(at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10],
                    at[11], at[12], at[13], at[14], at[15], at[16], at[17], at[18], at[19], at[20],
-                   at[21], at[22], at[23], num_starts)
+                   at[21], at[22], at[23], at[24], num_starts)
 
 
 def make_scratch(sizes, widths, heights, res):
@@ -1109,8 +976,16 @@ def make_scratch(sizes, widths, heights, res):
 
 
 @njit
+def store_place(at, coefs, dc_table, ac_table, predictor):
+    store_int64(at, coefs)
+    store_int64(at + 8, dc_table)
+    store_int64(at + 16, ac_table)
+    store_int64(at + 24, predictor)
+
+
+@njit
 def list_places(info, first, last, col0, col1, scratch):
-    """Where the blocks of a row's MCUs first to last go; those outside col0 to col1 into the trash.
+    """Where the blocks of a row's MCUs first to last go; those left of col0 go into the trash.
 
     Returns the bytes of a row's coefficients: the groups of luma, of Cb, of Cr, and of trash.
     """
@@ -1119,9 +994,12 @@ def list_places(info, first, last, col0, col1, scratch):
     luma_groups = ((col1 - col0) * across + 7) // 8
     chroma_groups = (col1 - col0 + 7) // 8
     trash = (luma_groups * down + 2 * chroma_groups) * GROUP
+    store_int64(scratch.wait, 0)  # what a stream reads that waits, and its tables' entries
+    store_int32(scratch.wait + 8, 1 << 16 | ESCAPE << 8)
+    store_int32(scratch.wait + 12, 0)
     place = scratch.places
+    store_place(place, scratch.coefs + trash, scratch.wait + 8, scratch.wait + 12, 0)
     for column in range(first, last):
-        seen = col0 <= column < col1
         for c in range(info[COMPONENTS]):
             for v in range(down if c == 0 else 1):
                 for h in range(across if c == 0 else 1):
@@ -1131,45 +1009,53 @@ def list_places(info, first, last, col0, col1, scratch):
                         block = block * across + h
                         group = luma_groups * v
                     offset = (group + (block >> 3)) * GROUP + 2 * (block & 7)
-                    store_int64(place, offset if seen else trash)
-                    store_int64(place + 8, scratch.tables + TABLE * info[DC + c])
-                    store_int64(place + 16, scratch.tables + TABLE * info[AC + c])
-                    store_int64(place + 24, 8 * c)
+                    offset = offset if column >= col0 else trash
                     place += PLACE_SIZE
+                    dc_table = scratch.tables + TABLE * info[DC + c]
+                    ac_table = scratch.tables + TABLE * info[AC + c]
+                    store_place(place, scratch.coefs + offset, dc_table, ac_table, 8 * c)
     return trash + GROUP
 
 
 @njit
-def list_units(src, info, scratch, row, across, total, first, last, parallel):
-    """The units of a row's MCUs first to last, and their intervals' data without stuffing."""
+def store_unit(at, first_bit, bit_low, bit_high, place, place_end):
+    store_int64(at, first_bit)
+    store_int64(at + BIT_LOW, bit_low)
+    store_int64(at + BIT_HIGH, bit_high)
+    store_int64(at + PLACE, place)
+    store_int64(at + PLACE_END, place_end)
+
+
+@njit
+def list_units(info, scratch, mcu, first, last):
+    """The units of a row's MCUs first to last, and their intervals' data without stuffing.
+
+    mcu: the number of the row's MCU `first`.
+    """
     starts = int64s_at(scratch.starts, scratch.num_starts)
-    k = info[INTERVAL] if info[INTERVAL] > 0 else total
-    blocks = info[H_SAMP] * info[V_SAMP] + info[COMPONENTS] - 1
-    unit = scratch.units + 16
-    clean = scratch.clean if parallel else info[CLEAN_END]  # a long interval is still needed
-    column = first
-    while column < last:
-        mcu = row * across + column
-        number = mcu // k
-        stop = min(column + k - mcu % k, last)  # the row's end or the interval's
-        ends = mcu + stop - column == min((number + 1) * k, total)
-        store_int64(unit, CONTINUED)
-        if mcu % k == 0:
-            start = starts[number]
-            n = unstuff(src, start, starts[number + 1] - 2, clean)
-            store_int64(unit, 8 * clean)
-            clean += n
-            info[BIT_END_NOW] = 8 * clean
-        store_int64(unit + 8, info[BIT_END_NOW])
-        store_int64(unit + 16, scratch.places + PLACE_SIZE * blocks * (column - first))
-        store_int64(unit + 24, scratch.places + PLACE_SIZE * blocks * (stop - first))
-        store_int64(unit + 32, scratch.coefs)
-        store_int64(unit + 40, 7 if ends else 1 << 60)  # an interval ends within a byte
+    k = info[INTERVAL]
+    block_bytes = PLACE_SIZE * (info[H_SAMP] * info[V_SAMP] + info[COMPONENTS] - 1)
+    places = scratch.places + PLACE_SIZE
+    begin = scratch.units + 8  # behind the address of the next
+    store_unit(begin, 0, 0, 0, 0, PLACE_SIZE)  # where streams begin: it ends at once
+    store_int64(scratch.streams + UNIT, begin)
+    store_int64(scratch.streams + STREAM_SIZE + UNIT, begin)
+    unit = begin + UNIT_SIZE
+    store_int64(scratch.units, unit)
+    clean = scratch.clean
+    for column in range(first, last, k):
+        number = (mcu + column - first) // k
+        n = unstuff(starts[number], starts[number + 1] - 2, clean)
+        end = 8 * (clean + n)
+        whole = column + k <= last  # then it ends within a byte
+        store_unit(unit, 8 * clean, end - 7 if whole else 0, end,
+                   places + block_bytes * (column - first),
+                   places + block_bytes * (min(column + k, last) - first))
+        clean += n
         unit += UNIT_SIZE
-        column = stop
-    info[CLEAN_END] = clean
-    store_int64(scratch.units, scratch.units + 16)
-    store_int64(scratch.units + 8, unit)
+    for _ in range(2):  # for two streams to wait in
+        store_unit(unit, 8 * scratch.wait, 0, 8 * scratch.wait + 64, scratch.places, 0)
+        unit += UNIT_SIZE
 
 
 @njit
@@ -1189,46 +1075,38 @@ def row_to_planes(info, plane, row, scratch):
 
 @njit
 def parse_sample(address, size, width, height, scratch):
-    """Reads a JPEG's header, which should give this size; a code of REASONS."""
+    """Reads a JPEG's header; OK if decode_box can go on, else UNKNOWN."""
     info = int64s_at(scratch.info, INFO_SIZE)
-    code = parse_jpeg(bytes_at(address, size), size, info, scratch.tables, scratch.quants)
+    code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
     for k in range(256):
         store_int64(scratch.zigzag + 8 * k, 16 * ZIGZAG[k] if k < 64 else GROUP - 16)
-    if code != BROKEN and (info[WIDTH] != width or info[HEIGHT] != height):
-        return OTHER_SIZE if info[HEIGHT] > 0 else BROKEN
-    return code
+    if code != OK or info[WIDTH] != width or info[HEIGHT] != height or info[INTERVAL] == 0:
+        return UNKNOWN
+    across = (width + 8 * info[H_SAMP] - 1) // (8 * info[H_SAMP])
+    return UNKNOWN if across % info[INTERVAL] else OK
 
 
 @njit
 def decode_box(address, size, width, height, x, y, w, h, scratch):
     """Decodes the MCUs that the box touches to Y, Cb, Cr planes; the header was read.
 
-    Fills the rows of scratch.plane. Where restart intervals divide the rows, only the intervals
-    that the box touches are decoded; else all that lies before its end. Returns a code of REASONS.
-    Reference: libjpeg-turbo's planes of the whole picture.
+    Fills the rows of scratch.plane. Only the restart intervals that the box touches are decoded.
+    Returns a code of REASONS. Reference: libjpeg-turbo's planes of the whole picture.
     """
-    src = bytes_at(address, size)
     info = int64s_at(scratch.info, INFO_SIZE)
     plane = planes_at(scratch.plane)
     mcu_w = 8 * info[H_SAMP]
     mcu_h = 8 * info[V_SAMP]
     across = (width + mcu_w - 1) // mcu_w
-    total = across * ((height + mcu_h - 1) // mcu_h)
     row0 = y // mcu_h
     row1 = (y + h + mcu_h - 1) // mcu_h
     col0 = x // mcu_w
     col1 = (x + w + mcu_w - 1) // mcu_w
     k = info[INTERVAL]
-    parallel = k > 0 and across % k == 0
-    first_row = row0 if parallel else 0
-    first = col0 // k * k if parallel else 0
-    last = col1 if parallel else across
-    k = k if k > 0 else total
-    needed = ((row1 - 1) * across + last + k - 1) // k
-    if needed >= scratch.num_starts:
-        return OTHER_SIZE
+    first = col0 // k * k
+    needed = ((row1 - 1) * across + col1 + k - 1) // k
     starts = int64s_at(scratch.starts, scratch.num_starts)
-    if find_intervals(src, size, info, starts, needed) != needed:
+    if find_intervals(address + size, info, starts, needed) != needed:
         return BROKEN
     at = scratch.planes
     for c in range(info[COMPONENTS]):
@@ -1241,22 +1119,19 @@ def decode_box(address, size, width, height, x, y, w, h, scratch):
         p[TOP] = row0 * mcu_h
         p[BY_GROUPS] = 1
         at += p[STRIDE] * (row1 - row0) * mcu_h // p[STEP_Y]
-    info[CLEAN_END] = scratch.clean
-    row_bytes = list_places(info, first, last, col0, col1, scratch)
-    for row in range(first_row, row1):
+    row_bytes = list_places(info, first, col1, col0, col1, scratch)
+    for row in range(row0, row1):
         memset(scratch.coefs, 0, row_bytes)
-        list_units(src, info, scratch, row, across, total, first, last, parallel)
-        code = decode_units(scratch.streams, scratch.units, scratch.zigzag, parallel)
-        if code != OK:
-            return code
-        if row >= row0:
-            row_to_planes(info, plane, row - row0, scratch)
+        list_units(info, scratch, row * across + first, first, col1)
+        if decode_units(scratch.streams, scratch.units, scratch.zigzag, scratch.places) != OK:
+            return BROKEN
+        row_to_planes(info, plane, row - row0, scratch)
     return OK
 
 
 @njit(nogil=True, cache=True)
 def decode_planes(address, size, width, height, x, y, w, h, scratch):
-    """A JPEG's header and the box's planes: see decode_box. For tests."""
+    """A JPEG's header and the box's planes: see decode_box. For tests and bench_loader.py."""
     code = parse_sample(address, size, width, height, scratch)
     if code != OK:
         return code
@@ -1265,96 +1140,71 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
 
 # --- kernels: antialiased resize. Reference: Pillow's resize of the crop, plane by plane
 @njit(forceinline=True)
-def filter_value(d, bicubic):
-    """The triangle, or Keys' cubic with a = -0.5, at distance d >= 0; without branches."""
+def filter_values(d, bicubic):
+    """The triangle, or Keys' cubic with a = -0.5, at eight distances d >= 0; without branches."""
+    one = splat_float(F(1))
     if not bicubic:
-        return max(F(0), F(1) - d)
-    near = (F(1.5) * d - F(2.5)) * d * d + F(1)
-    far = ((F(2.5) - F(0.5) * d) * d - F(4)) * d + F(2)
-    far = far if d < F(2) else F(0)
-    return near if d < F(1) else far
-
-
-@njit
-def count_pixels(size, out, bicubic):
-    """The most pixels that one output pixel is made of."""
-    return int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0))) + 1
+        return one - clamp(d, F(0), F(1))
+    near = clamp(d, F(0), F(1))  # each of the two pieces is 0 where the other is meant
+    far = clamp(d, F(1), F(2))
+    near_value = (splat_float(F(1.5)) * near - splat_float(F(2.5))) * near * near + one
+    far_value = (splat_float(F(2.5)) - splat_float(F(0.5)) * far) * far - splat_float(F(4))
+    return near_value + far_value * far + splat_float(F(2))
 
 
 @njit
 def count_taps(size, out, bicubic, step):
-    """The most samples that filter_weights asks for."""
-    pixels = count_pixels(size, out, bicubic)
+    """The most samples that one output of filter_weights is made of."""
+    pixels = int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0))) + 1
     return pixels if step == 1 else pixels // 2 + 3
 
 
 @njit
-def filter_weights(box0, box1, out, bicubic, step, low, high, first, taps, filters):
+def filter_weights(box0, box1, out, bicubic, step, low, high, first, taps, filters, work):
     """Filter coefficients for one axis, in 1/16384, for filter_rows.
 
     Output i sums `taps` samples from first[i] on: Pillow's coefficients for the box in pixels. At
     step 2 the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
     upsampling and then the resize, in one. Samples outside low..high are not used. filters[i]: a
-    bias, and the weights, each int16 twice in an int32. Reference: Pillow's resize; 5 us.
+    bias, and the weights, each int16 twice in an int32. work: memory for them as floats. Reference:
+    Pillow's resize; 3 us.
     """
     scale = (box1 - box0) / out
     narrower = min(1.0 / scale, 1.0)
     support = (2.0 if bicubic else 1.0) / narrower
-    pixels = count_pixels(box1 - box0, out, bicubic)
+    values = work + 64  # of pixels; zeros before
+    store_floats(values - 32, splat_float(F(0)))
+    samples = values if step == 1 else work + 256 + 8 * taps
     for i in range(out):
-        row = filters + 4 * i * (taps + 1)
-        weights = row + 4
-        if step == 2:
-            for t in range(taps):
-                store_float(weights + 4 * t, F(0))
         center = box0 + (i + 0.5) * scale
         start = max(box0, int(center - support + 0.5))
         stop = min(box1, int(center + support + 0.5))
         f = start if step == 1 else max(low, (start - 1) >> 1)
         store_int64(first + 8 * i, f)
-        total = F(0)
         distance = F((start - center + 0.5) * narrower)
-        for t in range(pixels):  # as many for each output: their branches can be predicted
-            p = start + t
-            v = filter_value(abs(distance + F(narrower) * F(t)), bicubic)
-            v = v if p < stop else F(0)
+        total = splat_float(F(0))
+        for t in range(0, step * taps + 4, 8):
+            d = magnitude(ramp(distance + F(narrower) * F(t), F(narrower)))
+            inside = clamp(ramp(F(stop - start - t), F(-1)), F(0), F(1))
+            v = filter_values(d, bicubic) * inside
+            store_floats(values + 4 * t, v)
             total += v
-            if step == 1:
-                store_float(weights + 4 * t, v)
-            else:  # pixel p lies a quarter of a sample off sample p // 2, towards its neighbour
-                other = min(max((p >> 1) + (p & 1) * 2 - 1, low), high - 1)
-                near = weights + 4 * (min(p >> 1, high - 1) - f)
-                far = weights + 4 * (other - f)
-                store_float(near, load_float(near) + F(0.75) * v)
-                store_float(far, load_float(far) + F(0.25) * v)
-        norm = F(16384) / total
-        reached = F(8192.5)  # rounding the sum so far, kept positive, makes them add up to one
-        before = 8192
-        used = 0
-        for t in range(taps):
-            at = weights + 4 * t
-            reached += load_float(at) * norm
-            weight = int(reached) - before
-            before += weight
-            used += weight != 0
-            store_int32(at, (weight & 0xFFFF) * 0x10001)
+        if step == 2:  # a pixel lies a quarter of a sample off its sample, towards its neighbour
+            for s in range(f, f + taps):
+                at = values + 4 * (2 * s - start)
+                before = at - 4 if s > low else at
+                behind = at + 8 if s + 1 < high else at + 4
+                own = load_float(at) + load_float(at + 4)
+                others = load_float(before) + load_float(behind)
+                value = F(0.75) * own + F(0.25) * others if s < high else F(0)
+                store_float(samples + 4 * (s - f), value)
+        row = filters + 4 * i * (taps + 1)
+        norm = splat_float(F(16384) / sum_lanes(total))
+        for t in range(0, taps, 8):
+            store_pairs(row + 4 + 4 * t, load_floats(samples + 4 * t) * norm)
         # filter_rows works in 1/64 level; each product is rounded down, by half of that on average
+        used = (stop - start) // step + step - 1
         store_int32(row, (32 + used // 2) * 0x10001)
-
-
-@njit(forceinline=True)
-def splat_pair(address):
-    """The int16 that stands twice in an int32, in all lanes."""
-    return reinterpret(I16x16, splat(I32x8, load_int32(address)))
-
-
-@njit(forceinline=True)
-def pack_bytes(even, odd):
-    """Even and odd samples, int16 in 1/64 level, as 32 int8."""
-    six = splat(I16x16, 6)
-    low = clamp_to_byte(even >> six) & splat(I16x16, 255)
-    high = clamp_to_byte(odd >> six) << splat(I16x16, 8)
-    return reinterpret(I8x32, low | high)
 
 
 @njit
@@ -1365,8 +1215,8 @@ def filter_rows(rows, last, width, out, first, taps, filters, flip, dst, dst_str
     so the high half of their product with a weight of 1/16384 is in 1/64 level. rows[last] is the
     last. Reference: the same sum in float; 6 us for 224 rows of 256 samples and four taps.
     """
-    eight = splat(I16x16, 8)
-    upper = splat(I16x16, -256)
+    eight = splat_word(8)
+    upper = splat_word(-256)
     for i in range(out):
         to = dst + (out - 1 - i if flip else i) * dst_stride
         f = load_int64(first + 8 * i)
@@ -1380,60 +1230,24 @@ def filter_rows(rows, last, width, out, first, taps, filters, flip, dst, dst_str
             for t in range(n):
                 at = load_int64(rows + 8 * (f + t)) + x
                 weight = splat_pair(weights + 4 + 4 * t)
-                v = load(I16x16, at)
+                v = load_words(at)
                 even1 += multiply_high(v << eight, weight)
                 odd1 += multiply_high(v & upper, weight)
-                v = load(I16x16, at + 32)
+                v = load_words(at + 32)
                 even2 += multiply_high(v << eight, weight)
                 odd2 += multiply_high(v & upper, weight)
-            store(to + x, pack_bytes(even1, odd1))
+            store_words(to + x, pack_bytes(even1, odd1))
             if x + 32 < width:
-                store(to + x + 32, pack_bytes(even2, odd2))
-
-
-@njit(forceinline=True)
-def zip_rows(r):
-    """Of 16 rows: a quarter of the way to the transpose of each 16 x 16 bytes."""
-    return (
-        zip_low(r[0], r[8]), zip_high(r[0], r[8]), zip_low(r[1], r[9]), zip_high(r[1], r[9]),
-        zip_low(r[2], r[10]), zip_high(r[2], r[10]), zip_low(r[3], r[11]), zip_high(r[3], r[11]),
-        zip_low(r[4], r[12]), zip_high(r[4], r[12]), zip_low(r[5], r[13]), zip_high(r[5], r[13]),
-        zip_low(r[6], r[14]), zip_high(r[6], r[14]), zip_low(r[7], r[15]), zip_high(r[7], r[15]))
+                store_words(to + x + 32, pack_bytes(even2, odd2))
 
 
 @njit
-def transpose(src, src_stride, rows, cols, dst, dst_stride):
-    """dst[x, y] = src[y, x] for bytes, 16 x 32 at a time; rows and cols are rounded up."""
+def transpose(source, source_stride, rows, cols, target, target_stride):
+    """target[x, y] = source[y, x] for bytes; rows are rounded up to 16 and cols to 32."""
     for i in range(0, rows, 16):
         for j in range(0, cols, 32):
-            s = src + i * src_stride + j
-            t = s + 8 * src_stride
-            r = (load(I8x32, s), load(I8x32, s + src_stride), load(I8x32, s + 2 * src_stride),
-                 load(I8x32, s + 3 * src_stride), load(I8x32, s + 4 * src_stride),
-                 load(I8x32, s + 5 * src_stride), load(I8x32, s + 6 * src_stride),
-                 load(I8x32, s + 7 * src_stride), load(I8x32, t), load(I8x32, t + src_stride),
-                 load(I8x32, t + 2 * src_stride), load(I8x32, t + 3 * src_stride),
-                 load(I8x32, t + 4 * src_stride), load(I8x32, t + 5 * src_stride),
-                 load(I8x32, t + 6 * src_stride), load(I8x32, t + 7 * src_stride))
-            r = zip_rows(zip_rows(zip_rows(zip_rows(r))))
-            d = dst + j * dst_stride + i
-            half = 16 * dst_stride
-            store_halves(d, half, r[0])
-            store_halves(d + dst_stride, half, r[1])
-            store_halves(d + 2 * dst_stride, half, r[2])
-            store_halves(d + 3 * dst_stride, half, r[3])
-            store_halves(d + 4 * dst_stride, half, r[4])
-            store_halves(d + 5 * dst_stride, half, r[5])
-            store_halves(d + 6 * dst_stride, half, r[6])
-            store_halves(d + 7 * dst_stride, half, r[7])
-            store_halves(d + 8 * dst_stride, half, r[8])
-            store_halves(d + 9 * dst_stride, half, r[9])
-            store_halves(d + 10 * dst_stride, half, r[10])
-            store_halves(d + 11 * dst_stride, half, r[11])
-            store_halves(d + 12 * dst_stride, half, r[12])
-            store_halves(d + 13 * dst_stride, half, r[13])
-            store_halves(d + 14 * dst_stride, half, r[14])
-            store_halves(d + 15 * dst_stride, half, r[15])
+            transpose_16x32(source + i * source_stride + j, source_stride,
+                            target + j * target_stride + i, target_stride)
 
 
 @njit
@@ -1463,9 +1277,9 @@ def resize_plane(plane, x, y, w, h, res, bicubic, flip, same, dst, scratch):
     taps_y = count_taps(h, res, bicubic, step_y)
     if not same:
         filter_weights(left, right, res, bicubic, step_x, col0, col1, scratch.first_x, taps_x,
-                       scratch.filters_x)
+                       scratch.filters_x, scratch.a)
         filter_weights(top, bottom, res, bicubic, step_y, row0, row1, scratch.first_y, taps_y,
-                       scratch.filters_y)
+                       scratch.filters_y, scratch.a)
     for i in range(row0, row1):
         store_int64(rows + 8 * i, plane[ADDRESS] + i * stride + start)
     filter_rows(rows, row1 - 1, width, res, scratch.first_y, taps_y, scratch.filters_y, False,
@@ -1484,11 +1298,11 @@ def resize_plane(plane, x, y, w, h, res, bicubic, flip, same, dst, scratch):
 @njit(forceinline=True)
 def rgb_parts(luma, cb, cr):
     """R, G, B in 1/64 level of int16 samples << 8: ITU-T T.871, section 7."""
-    luma = (luma >> splat(I16x16, 2)) + splat(I16x16, 32)  # half a level, to round
-    r = luma + multiply_high(cr, splat(I16x16, 22970))  # 1.402 * 16384
-    g = (luma - multiply_high(cb, splat(I16x16, 5638))  # 0.344136
-         - multiply_high(cr, splat(I16x16, 11700)))  # 0.714136
-    b = luma + multiply_high(cb, splat(I16x16, 29032))  # 1.772
+    luma = (luma >> splat_word(2)) + splat_word(32)  # half a level, to round
+    r = luma + multiply_high(cr, splat_word(22970))  # 1.402 * 16384
+    g = (luma - multiply_high(cb, splat_word(5638))  # 0.344136
+         - multiply_high(cr, splat_word(11700)))  # 0.714136
+    b = luma + multiply_high(cb, splat_word(29032))  # 1.772
     return r, g, b
 
 
@@ -1497,24 +1311,23 @@ def write_rgb(resized, res, ycc, to, spare):
     """Writes three resized planes as interleaved RGB. ycc: from YCbCr; reference: T.871; 15 us."""
     stride = (res + 31) // 32 * 32
     size = stride * stride
-    eight = splat(I16x16, 8)
-    upper = splat(I16x16, -256)
-    sign = splat(I16x16, -32640)  # 0x8080: from int8 to a byte
+    eight = splat_word(8)
+    upper = splat_word(-256)
+    sign = splat_word(-32640)  # 0x8080: from int8 to a byte
     for y in range(res):
         for x in range(0, res, 32):
-            p0 = load(I16x16, resized + y * stride + x)
-            p1 = load(I16x16, resized + size + y * stride + x)
-            p2 = load(I16x16, resized + 2 * size + y * stride + x)
+            p0 = load_words(resized + y * stride + x)
+            p1 = load_words(resized + size + y * stride + x)
+            p2 = load_words(resized + 2 * size + y * stride + x)
             if ycc:
                 even = rgb_parts(p0 << eight, p1 << eight, p2 << eight)
                 odd = rgb_parts(p0 & upper, p1 & upper, p2 & upper)
-                p0 = reinterpret(I16x16, pack_bytes(even[0], odd[0]))
-                p1 = reinterpret(I16x16, pack_bytes(even[1], odd[1]))
-                p2 = reinterpret(I16x16, pack_bytes(even[2], odd[2]))
+                p0 = pack_bytes(even[0], odd[0])
+                p1 = pack_bytes(even[1], odd[1])
+                p2 = pack_bytes(even[2], odd[2])
             pixels = to + 3 * (y * res + x)
             whole = x + 32 <= res
-            store_interleaved(pixels if whole else spare, reinterpret(I8x32, p0 ^ sign),
-                              reinterpret(I8x32, p1 ^ sign), reinterpret(I8x32, p2 ^ sign))
+            store_interleaved(pixels if whole else spare, p0 ^ sign, p1 ^ sign, p2 ^ sign)
             if not whole:
                 memcpy(pixels, spare, 3 * (res - x))
 
@@ -1535,23 +1348,25 @@ def split_rgb(rgb, width, x, y, w, h, scratch):
         p[STEP_Y] = 1
         p[BY_GROUPS] = 0
         for row in range(h):
-            line = bytes_at(rgb + 3 * ((y + row) * width + x) + c, 3 * w)
-            to = bytes_at(p[ADDRESS] + row * stride, w)
-            for i in range(U(w)):
-                to[i] = line[U(3) * i] ^ 128
+            line = rgb + 3 * ((y + row) * width + x) + c
+            for i in range(w):
+                store_byte(p[ADDRESS] + row * stride + i, load_byte(line + 3 * i) ^ 128)
 
 
 @njit
 def decode_rgb(address, size, width, height, scratch):
     """Decodes a whole JPEG of any kind by libjpeg-turbo to RGB in scratch.planes: REASONS."""
-    info = int64s_at(scratch.info, INFO_SIZE)  # of parse_jpeg
-    if info[WIDTH] != width or info[HEIGHT] != height:  # the size that scratch was made for
-        return OTHER_SIZE if info[HEIGHT] > 0 else BROKEN
     handle = tj_init()
-    failed = tj_rgb(handle, address, size, scratch.planes, width, 3 * width, height, 0,
-                    STOP_ON_WARNING)
+    found = scratch.info  # width, height, subsampling, colour space: int32
+    code = BROKEN
+    if tj_header(handle, address, size, found, found + 4, found + 8, found + 12) == 0:
+        if load_int32(found) != width or load_int32(found + 4) != height:
+            code = OTHER_SIZE
+        elif tj_rgb(handle, address, size, scratch.planes, width, 3 * width, height, 0,
+                    STOP_ON_WARNING) == 0:
+            code = OK
     tj_destroy(handle)
-    return BROKEN if failed else OK
+    return code
 
 
 @njit
@@ -1559,9 +1374,8 @@ def open_sample(address, size, mode, width, height, scratch):
     """(code of REASONS, whether it is a JPEG for decode_box, address of RGB if not)."""
     if mode == 1:
         return OK if size == 3 * width * height else OTHER_SIZE, False, address
-    code = parse_sample(address, size, width, height, scratch)
-    if code != UNKNOWN:
-        return code, True, address
+    if parse_sample(address, size, width, height, scratch) == OK:
+        return OK, True, address
     return decode_rgb(address, size, width, height, scratch), False, scratch.planes
 
 
@@ -1569,12 +1383,11 @@ def open_sample(address, size, mode, width, height, scratch):
 def crop_opened(opened, size, width, height, x, y, w, h, res, bicubic, flip, to, scratch):
     """One crop of what open_sample found, resized and flipped, to res * res * 3 bytes of RGB."""
     code, is_jpeg, address = opened
-    info = int64s_at(scratch.info, INFO_SIZE)
     plane = planes_at(scratch.plane)
     components = 3
     if code == OK and is_jpeg:
         code = decode_box(address, size, width, height, x, y, w, h, scratch)
-        components = info[COMPONENTS]
+        components = int64s_at(scratch.info, INFO_SIZE)[COMPONENTS]
     elif code == OK:
         split_rgb(address, width, x, y, w, h, scratch)
     if code != OK:
@@ -1602,10 +1415,11 @@ def resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic, f
     return crop_opened(opened, size, width, height, x, y, w, h, res, bicubic, flip, to, scratch)
 
 
+# What `fill` needs of an epoch. limit: batches before this one may be filled. Of each batch:
+# addresses; rows that were taken and that are done; status, a code of REASONS for each row.
 Job = namedtuple("Job", (
-    "fd modes widths heights ptrs sizes samples draws control addresses done status train res "
+    "fd modes widths heights ptrs sizes samples draws limit addresses taken done status train res "
     "batch_size views bicubic seed epoch scale ratio hflip crop_ratio"))
-NEXT, LIMIT = range(2)  # control: the next ticket (position in the epoch), the first that must wait
 READ_TRIES = 10  # reads that bring nothing, before it counts as the end of the file
 
 
@@ -1621,18 +1435,6 @@ def read_sample(fd, to, size, offset):
         else:
             tries += 1
     return got == size
-
-
-@njit
-def take_ticket(control):
-    """The next position in the epoch, -1 if it may not be started yet."""
-    at = control.ctypes.data
-    while True:
-        ticket = atomic_add(at + 8 * NEXT, 0)
-        if ticket >= atomic_add(at + 8 * LIMIT, 0):
-            return -1
-        if atomic_swap_if(at + 8 * NEXT, ticket, ticket + 1) == ticket:
-            return ticket
 
 
 @njit
@@ -1660,23 +1462,25 @@ def fill_row(job, scratch, i, draw, address, view_stride):
 
 
 @njit(nogil=True, cache=True)
-def fill(job, scratch):
-    """Fills batches until the limit (returns -1) or one is complete (returns its number)."""
-    n = len(job.samples)
+def fill(job, scratch, batch):
+    """Fills rows of this batch and of later ones, with other threads at the same time.
+
+    Returns (number of a batch that this call completed, or -1 at the limit; where to go on).
+    """
     row_bytes = 3 * job.res * job.res
-    while True:
-        ticket = take_ticket(job.control)
-        if ticket < 0:
-            return -1
-        batch = ticket // job.batch_size
-        row = ticket % job.batch_size
-        slot = batch % len(job.done)
-        size = min(job.batch_size, n - batch * job.batch_size)
-        address = job.addresses[slot] + row * row_bytes
-        job.status[slot, row] = fill_row(job, scratch, job.samples[ticket], job.draws[ticket],
-                                         address, size * row_bytes)
-        if atomic_add(job.done.ctypes.data + 8 * slot, 1) + 1 == size:
-            return batch
+    while batch < atomic_add(job.limit.ctypes.data, 0):
+        first = batch * job.batch_size
+        size = min(job.batch_size, len(job.samples) - first)
+        row = atomic_add(job.taken.ctypes.data + 8 * batch, 1)
+        if row >= size:
+            batch += 1
+            continue
+        code = fill_row(job, scratch, job.samples[first + row], job.draws[first + row],
+                        job.addresses[batch] + row * row_bytes, size * row_bytes)
+        job.status[batch, row] = code
+        if atomic_add(job.done.ctypes.data + 8 * batch, 1) + 1 == size:
+            return batch, batch + 1
+    return -1, batch
 
 
 @njit(nogil=True, cache=True)
@@ -1712,16 +1516,12 @@ class BetonReader:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise DataError(f"{path}: no such file. Build it: python build_beton.py --data-dir "
-                            f"PICTURES --out {path}, or draw a small one: "
-                            "python build_beton.py --demo.")
+            raise DataError(f"{path}: no such file. Build it: `python build_beton.py --data-dir "
+                            f"PICTURES --out {path}`, or a small one: `build_beton.py --demo`.")
         self.file = open(self.path, "rb", buffering=0)
-        try:
-            self._read_tables()
-            self._read_sidecar()
-        except BaseException:
-            self.file.close()
-            raise
+        self.size = os.fstat(self.file.fileno()).st_size
+        self._read_tables()
+        self._read_sidecar()
 
     def _error(self, found):
         return DataError(f"{self.path}: {found}. The file is not a complete .beton of version 2; "
@@ -1734,107 +1534,77 @@ class BetonReader:
                          "loaders leave it out.")
 
     def _bytes(self, size, offset):
-        """`size` bytes at an offset, less where the file ends: a read may return a part of them."""
+        """`size` bytes at an offset, less where the file ends: one read may return a part only."""
         data = b""
-        while len(data) < size:
-            part = os.pread(self.file.fileno(), size - len(data), offset + len(data))
-            if not part:
-                break
+        while part := os.pread(self.file.fileno(), size - len(data), offset + len(data)):
             data += part
         return data
 
-    def _table(self, dtype, count, offset, name):
+    def _table(self, dtype, count, offset):
         size = count * dtype.itemsize
         if offset + size > self.size:
-            raise self._error(f"{name} should end at byte {offset + size:,}, the file ends at "
-                              f"{self.size:,}")
+            raise self._error(f"it ends at byte {self.size:,}, a table at byte {offset + size:,}")
         return np.frombuffer(self._bytes(size, offset), dtype)
 
     def _read_tables(self):
-        self.size = os.fstat(self.file.fileno()).st_size
-        header = self._table(HEADER, 1, 0, "the header")[0]
-        version, num_fields, self.page_size, n, alloc_ptr = (int(value) for value in header)
-        if version != 2:
-            raise self._error(f"its version is {version}")
-        sane = 1 <= num_fields <= 64 and 0 < n <= self.size and self.page_size > 0
-        if not sane or alloc_ptr > self.size or (self.size - alloc_ptr) % ALLOC.itemsize:
-            raise self._error(f"its header names {num_fields} fields, {n:,} samples, pages of "
-                              f"{self.page_size:,} and an allocation table at byte {alloc_ptr:,} "
-                              f"of {self.size:,}")
-        fields = self._table(FIELD, num_fields, HEADER.itemsize, "the list of fields")
-        kinds = [int(kind) for kind in fields["type_id"]]
-        if kinds.count(2) != 1 or any(kind not in FIELD_TYPES for kind in kinds):
-            raise self._error(f"its fields have the types {kinds}, where one picture (2) and "
-                              "integers (1) are expected")
+        header = self._table(HEADER, 1, 0)[0]
+        version, num_fields, self.page_size, n, alloc_ptr = header.item()
+        count, rest = divmod(self.size - alloc_ptr, ALLOC.itemsize)
+        sane = version == 2 and 1 <= num_fields <= 64 and self.page_size > 0 and n > 0
+        if not sane or count < 1 or rest:
+            raise self._error(f"its header is {dict(zip(HEADER.names, header.item()))}")
+        fields = self._table(FIELD, num_fields, HEADER.itemsize)
+        kinds = fields["type_id"].tolist()
+        if kinds.count(2) != 1 or not set(kinds) <= set(FIELD_TYPES):
+            raise self._error(f"its fields have the types {kinds}, not one picture (2) and labels")
         columns = [(f"f{i}", FIELD_TYPES[kind]) for i, kind in enumerate(kinds)]
         start = HEADER.itemsize + fields.nbytes
-        samples = self._table(np.dtype(columns, align=True), n, start, "the table of samples")
-        count = (self.size - alloc_ptr) // ALLOC.itemsize
-        alloc = self._table(ALLOC, count, alloc_ptr, "the allocation table")
+        samples = self._table(np.dtype(columns, align=True), n, start)
+        alloc = self._table(ALLOC, count, alloc_ptr)
         image = kinds.index(2)
         try:
-            text = bytes(fields["arguments"][image]).rstrip(b"\0")
-            self.settings = dict(json.loads(text)) if text else {}  # FFCV leaves these bytes 0
+            text = bytes(fields["arguments"][image]).rstrip(b"\0")  # FFCV leaves these bytes 0
+            self.settings = dict(json.loads(text or "{}"))
         except (ValueError, TypeError):
             raise self._error("its build settings are garbled") from None
-        if self.settings:
-            checksum = tables_checksum(header, self.settings, samples, alloc)
-            if self.settings.get("checksum") != checksum:
-                raise self._error("the checksum over its header and tables does not match, or an "
-                                  "earlier build_beton.py made it")
-        self._locate_samples(samples[f"f{image}"], alloc, start + samples.nbytes, alloc_ptr)
+        checksum = tables_checksum(header, self.settings, samples, alloc)
+        if self.settings and self.settings.get("checksum") != checksum:
+            raise self._error("the checksum over its header and tables does not match, or an "
+                              "earlier build_beton.py made it")
+        self.num_samples = n
         labels = samples[f"f{kinds.index(1)}"] if 1 in kinds else np.zeros(n)
         self.labels = labels.astype(np.int64)
-        self.num_samples = n
-
-    def _locate_samples(self, images, alloc, start, end):
-        """Gives every sample its size, which only the allocation table has, and checks its place.
-
-        No memory is taken on the word of a table: pictures larger than their bytes are refused.
-        """
-        self.modes = images["mode"].astype(np.int64)
-        self.widths = images["width"].astype(np.int64)
-        self.heights = images["height"].astype(np.int64)
-        ptrs = images["data_ptr"]
-        order = np.argsort(alloc["ptr"], kind="stable")
-        at = np.searchsorted(alloc["ptr"], ptrs, sorter=order)
-        valid = at < len(alloc)
-        rows = np.zeros(len(images), ALLOC)
-        if len(alloc):
-            rows = alloc[order[np.minimum(at, len(alloc) - 1)]]
-        sizes = rows["size"]
-        valid &= rows["ptr"] == ptrs
-        valid &= (ptrs >= start) & (ptrs <= end) & (sizes <= end - np.minimum(ptrs, end))
-        valid &= (sizes > 0) & (self.widths > 0) & (self.heights > 0) & (self.modes <= 1)
-        most_pixels = np.minimum(sizes, self.size).astype(np.int64) * MAX_PIXELS_PER_BYTE
-        valid &= self.widths * self.heights <= most_pixels
+        self.modes, self.widths, self.heights, self.ptrs = (
+            samples[f"f{image}"][name].astype(np.int64) for name in IMAGE.names)
+        # A sample's size is in the allocation table only. Its place is checked, and no memory is
+        # taken on the word of a table: pictures larger than their bytes are refused.
+        places = alloc["ptr"].astype(np.int64)  # a hostile 2**63 becomes negative
+        order = np.argsort(places, kind="stable")
+        rows = order.take(np.searchsorted(places, self.ptrs, sorter=order), mode="clip")
+        self.sizes = alloc["size"][rows].astype(np.int64)
+        valid = places[rows] == self.ptrs
+        valid &= (self.ptrs >= start + samples.nbytes) & (self.sizes <= alloc_ptr - self.ptrs)
+        valid &= (self.sizes > 0) & (self.widths > 0) & (self.heights > 0) & (self.modes <= 1)
+        valid &= self.widths * self.heights <= self.sizes * MAX_PIXELS_PER_BYTE
         if not valid.all():
             i = int(np.argmin(valid))
             raise self._error(f"sample {i} ({self.widths[i]}x{self.heights[i]}, mode "
                               f"{self.modes[i]}) has no valid place in it")
-        self.ptrs = ptrs.astype(np.int64)
-        self.sizes = sizes.astype(np.int64)
 
     def _read_sidecar(self):
         """Class names and excluded samples from <name>.json, which a file of FFCV's has not."""
         sidecar = self.path.with_suffix(".json")
-        self.classes = None
-        self.excluded = np.zeros(0, np.int64)
-        if not sidecar.is_file():
-            return
         try:
-            content = json.loads(sidecar.read_text())
+            content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
             self.classes = content.get("classes")
             excluded = sorted(int(number) for number in content.get("excluded") or {})
-            self.excluded = np.array(excluded, np.int64)
-        except (ValueError, TypeError, AttributeError, OverflowError):
-            raise DataError(f"{sidecar}: not the sidecar that build_beton.py writes. Rebuild "
-                            f"{self.path}, or remove the sidecar to go on without class names "
-                            "and with all samples.") from None
-        if excluded and not 0 <= excluded[0] <= excluded[-1] < self.num_samples:
-            raise DataError(f"{sidecar}: excludes samples {excluded[0]} to {excluded[-1]}, "
-                            f"{self.path} has 0 to {self.num_samples - 1}. The sidecar is of "
-                            "another file; remove it or rebuild both.")
+            if excluded and not 0 <= excluded[0] <= excluded[-1] < self.num_samples:
+                raise ValueError(f"it excludes samples {excluded[0]} to {excluded[-1]}")
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise DataError(f"{sidecar}: not the sidecar of {self.path}, which has "
+                            f"{self.num_samples:,} samples ({error}). Build both again, or remove "
+                            "the sidecar to go on without class names, with all samples.") from None
+        self.excluded = np.array(excluded, np.int64)
 
     def read(self, i: int) -> bytes:
         """The stored bytes of sample i."""
@@ -1848,14 +1618,27 @@ class BetonReader:
         width = int(self.widths[i])
         height = int(self.heights[i])
         x, y, w, h = box or (0, 0, width, height)
-        if not (0 <= x and 0 <= y and 0 < w <= width - x and 0 < h <= height - y):
-            raise ValueError(f"{self.path}: box {box} is not inside sample {i}, {width}x{height}.")
+        inside = 0 <= x and 0 <= y and 0 < w <= width - x and 0 < h <= height - y
+        check("box", box, inside, f"one inside {width}x{height}")
         data = self.read(i)
+        pixels = np.frombuffer(data, np.uint8)
+        code = OK
         if self.modes[i] == 0:
-            pixels, code = decode_whole(data, width, height)
-        else:
-            pixels = np.frombuffer(data, np.uint8)
-            code = OK if len(data) == 3 * width * height else OTHER_SIZE
+            lib = bind()
+            handle = ctypes.c_void_p(lib.tjInitDecompress())
+            size = ctypes.c_ulong(len(data))
+            found = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
+            pixels = np.empty(3 * width * height, np.uint8)
+            to = ctypes.c_void_p(pixels.ctypes.data)
+            if lib.tjDecompressHeader3(handle, data, size, *map(ctypes.byref, found)):
+                code = BROKEN
+            elif (found[0].value, found[1].value) != (width, height):
+                code = OTHER_SIZE
+            elif lib.tjDecompress2(handle, data, size, to, width, 0, height, 0, STOP_ON_WARNING):
+                code = BROKEN
+            lib.tjDestroy(handle)
+        elif len(data) != 3 * width * height:
+            code = OTHER_SIZE
         if code != OK:
             raise self.sample_error(i, REASONS[code])
         return pixels.reshape(height, width, 3)[y:y + h, x:x + w].copy()
@@ -1864,109 +1647,96 @@ class BetonReader:
         self.file.close()
 
 
-def decode_whole(data, width, height):
-    """(RGB bytes, code of REASONS) of a JPEG that should be of this size, by libjpeg-turbo."""
-    lib = bind()
-    handle = ctypes.c_void_p(lib.tjInitDecompress())
-    size = ctypes.c_ulong(len(data))
-    found = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
-    pixels = np.empty(3 * width * height, np.uint8)
-    code = BROKEN
-    try:
-        if lib.tjDecompressHeader3(handle, data, size, *map(ctypes.byref, found)) == 0:
-            code = OTHER_SIZE
-        if (found[0].value, found[1].value) == (width, height):
-            to = ctypes.c_void_p(pixels.ctypes.data)
-            failed = lib.tjDecompress2(handle, data, size, to, width, 0, height, 0,
-                                       STOP_ON_WARNING)
-            code = BROKEN if failed else OK
-    finally:
-        lib.tjDestroy(handle)
-    return pixels, code
-
-
 # --- order, epochs and stages: what both loaders share
 def usable_cores() -> int:
     """Cores for this process: affinity and cgroup quota, shared among torchrun's local ranks."""
     cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError, IndexError):  # no cgroup v2 here: no quota
-        entries = Path("/proc/self/cgroup").read_text().splitlines()
-        name = [entry for entry in entries if entry.startswith("0::")][0][4:]
-        folder = Path("/sys/fs/cgroup") / name
-        while folder != folder.parent and folder.name != "fs":
+    with contextlib.suppress(OSError):  # no cgroup v2 here: no quota
+        name = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        for folder in (Path("/sys/fs/cgroup") / name / "cpu.max").parents:
             with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
                 quota, period = (folder / "cpu.max").read_text().split()
                 cores = min(cores, math.ceil(int(quota) / int(period)))
-            folder = folder.parent
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+def check(name, value, good, expected):
+    """Raises ValueError for an argument that is not as expected."""
+    if not good:
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
+@dataclass(eq=False, repr=False)
 class EpochLoader:
     """What both loaders share: which sample comes when, a pure function of (seed, epoch)."""
 
-    def __init__(self, path, batch_size, train, res, scale, ratio, hflip, crop_ratio, interpolation,
-                 num_workers, seed, rank, world_size, drop_last, device, indices, order, views):
-        if order not in ("random", "pages"):
-            raise ValueError(f"order={order!r}: expected 'random' or 'pages'.")
-        if interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"interpolation={interpolation!r}: expected 'bicubic' or 'bilinear'.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank}: expected 0 to world_size - 1, {world_size - 1}.")
-        if batch_size < 1 or views < 1 or num_workers < 0:
-            raise ValueError(f"batch_size={batch_size}, views={views}, num_workers={num_workers}: "
-                             "expected at least 1, 1 and 0.")
-        if views > 1 and not train:
-            raise ValueError(f"views={views}: evaluation has one view, the centre.")
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(device)!r}: torch finds no usable CUDA device. Install "
-                             "a driver that fits this torch, or take device='cpu'.")
-        self.path = str(path)
-        self.batch_size = int(batch_size)
-        self.train = bool(train)
-        self.ratio = (float(ratio[0]), float(ratio[1]))
-        self.hflip = float(hflip)
-        self.crop_ratio = float(crop_ratio)
-        self.interpolation = interpolation
-        self.num_workers = num_workers or usable_cores()
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = self.train if drop_last is None else bool(drop_last)
-        self.order = order
-        self.views = int(views)
+    path: str | Path
+    batch_size: int
+    train: bool = True
+    res: int = 224
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    crop_ratio: float = 224 / 256
+    interpolation: str = "bicubic"
+    num_workers: int = 0
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool | None = None
+    device: str | torch.device = "cpu"
+    indices: np.ndarray | list[int] | None = None
+    order: str = "random"
+    views: int = 1
+
+    def __post_init__(self):
         total = len(self.labels)
-        self.indices = np.arange(total) if indices is None else np.asarray(indices, np.int64)
-        if len(self.indices) == 0 or self.indices.min() < 0 or self.indices.max() >= total:
-            raise ValueError(f"indices must name samples 0 to {total - 1} of {path}, at least one.")
+        indices = np.arange(total) if self.indices is None else self.indices
+        self.indices = np.array(indices, np.int64)
+        inside = (self.indices >= 0) & (self.indices < total)
+        for name, good, expected in (
+                ("order", self.order in ("random", "pages"), "'random' or 'pages'"),
+                ("interpolation", self.interpolation in INTERPOLATIONS, INTERPOLATIONS),
+                ("rank", 0 <= self.rank < self.world_size, f"less than {self.world_size}"),
+                ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("num_workers", self.num_workers >= 0, "at least 0"),
+                ("views", self.views == 1 or self.views > 1 and self.train, "1 where train=False"),
+                ("indices", inside.size and inside.all(), f"samples 0 to {total - 1}")):
+            check(name, getattr(self, name), good, expected)
+        self.device = torch.device(self.device)
+        check("device", str(self.device), self.device.type != "cuda" or torch.cuda.is_available(),
+              "'cpu', for torch finds no usable CUDA device: install a driver that fits this torch")
+        self.train = bool(self.train)
+        self.ratio = (float(self.ratio[0]), float(self.ratio[1]))
+        self.hflip = float(self.hflip)
+        self.crop_ratio = float(self.crop_ratio)
+        self.num_workers = self.num_workers or usable_cores()
+        self.drop_last = self.train if self.drop_last is None else self.drop_last
         # Orders are drawn with the excluded samples and leave them out afterwards, so that a run
         # that a damaged sample ended goes on with the same order and crops of the others.
         self._kept = ~np.isin(self.indices, self.excluded)
         self.num_samples = int(self._kept.sum())
-        self.epoch = 0
-        self.batch = 0
         self.closed = False
-        self._started = False
         self._process = os.getpid()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.res = None
-        self.scale = None
-        self.set_stage(res, scale)
+        self.set_stage()
+        self.set_epoch(0)
         if len(self) == 0:
-            raise DataError(f"{path}: {self.num_samples} samples on {world_size} rank(s) do not "
-                            f"fill one batch of {batch_size}. Take a smaller batch or "
+            raise DataError(f"{self.path}: {self.num_samples} samples on {self.world_size} rank(s) "
+                            f"do not fill one batch of {self.batch_size}. Take a smaller batch or "
                             "drop_last=False.")
 
     def set_stage(self, res: int | None = None, scale: tuple[float, float] | None = None):
         """Output side in pixels and crop area from the next epoch on; None keeps what is."""
-        if res is not None and res < 1:
-            raise ValueError(f"res={res}: expected at least 1 pixel.")
-        if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale={scale}: expected 0 < low <= high <= 1.")
-        if res is not None:
-            self.res = int(res)
-        if scale is not None:
-            self.scale = (float(scale[0]), float(scale[1]))
+        res = self.res if res is None else res
+        scale = self.scale if scale is None else scale
+        check("res", res, res >= 1, "at least 1 pixel")
+        check("scale", scale, 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1")
+        self.res = int(res)
+        self.scale = (float(scale[0]), float(scale[1]))
 
     def set_epoch(self, epoch: int):
         """The next iteration is this epoch from its start; otherwise iterations count up from 0."""
@@ -1981,33 +1751,27 @@ class EpochLoader:
                 "res": self.res, "scale": list(self.scale)}
 
     def load_state_dict(self, state: dict):
-        """Makes the next iteration go on with the exact next batch.
-
-        Raises ValueError if the data or the batches differ. Samples that were excluded since then
-        are no difference.
-        """
+        """Goes on with the exact next batch; ValueError if the data or the batches differ."""
         ours = self.state_dict()
-        mismatches = [f"{key}: {state[key]} there, {ours[key]} here"
-                      for key in ("num_samples", "seed", "order") if state[key] != ours[key]]
-        if mismatches:
-            raise ValueError(f"{self.path}: the state is of another loader "
-                             f"({'; '.join(mismatches)}).")
-        total_batch = self.batch_size * self.world_size
-        if state["samples"] % total_batch:
+        for key in ("num_samples", "seed", "order"):
+            if state[key] != ours[key]:
+                raise ValueError(f"{self.path}: the state has {key} {state[key]}, this loader "
+                                 f"{ours[key]}. Take the same data and arguments.")
+        batch, rest = divmod(state["samples"], self.batch_size * self.world_size)
+        if rest:
             raise ValueError(f"{self.path}: the state is {state['samples']} samples into its "
-                             f"epoch, where {self.world_size} rank(s) x batch {self.batch_size} "
-                             "cannot go on. Take a total batch that divides it.")
+                             "epoch. Take a batch_size x world_size that divides it.")
         self.set_epoch(state["epoch"])
-        self.batch = state["samples"] // total_batch
+        self.batch = batch
         self.set_stage(state["res"], state["scale"])
 
     def _positions(self):
         """This rank's positions in `indices` for self.epoch; the ranks' interleave to the whole."""
-        if not self.train:
-            order = np.flatnonzero(self._kept)
-        else:
+        order = np.arange(len(self.indices))
+        if self.train:
             order = self._shuffle(np.random.default_rng([self.seed, self.epoch]))
-            order = order[self._kept[order]]
+        order = order[self._kept[order]]
+        if self.train:
             order = order[:len(order) // self.world_size * self.world_size]  # as many for each rank
         return np.ascontiguousarray(order[self.rank::self.world_size])
 
@@ -2016,14 +1780,12 @@ class EpochLoader:
 
     def __len__(self):
         n = self.num_samples // self.world_size
-        if not self.train:
-            n = len(range(self.rank, self.num_samples, self.world_size))
-        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        if not self.train:  # the first ranks take what is left
+            n += int(self.rank < self.num_samples % self.world_size)
+        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
 
     def __iter__(self):
-        if self.closed:
-            raise RuntimeError(f"{self.path}: this loader is closed.")
-        self._refuse_fork()
+        self._check_usable()
         if self._started:  # an earlier iteration was left early: this is the next epoch
             self.set_epoch(self.epoch + 1)
         self._started = True
@@ -2033,34 +1795,30 @@ class EpochLoader:
             yield batch
         self.set_epoch(self.epoch + 1)
 
-    def _refuse_fork(self):
+    def _check_usable(self):
+        if self.closed:
+            raise RuntimeError(f"{self.path}: this loader is closed.")
         if os.getpid() != self._process:
             raise RuntimeError(f"{self.path}: this loader was made in process {self._process} and "
                                f"has no threads in its fork {os.getpid()}. Make one there.")
 
     def _to_device(self, batches):
         """Copies one batch ahead on the side stream: training never waits for a copy."""
-        ready = None
-        copied = None
-        for images, labels in batches:
-            if copied is not None:
-                copied.synchronize()  # long done; until here `images` kept its pinned buffer
+        sent = []  # copies under way, each with the pinned batch that it reads
+        for batch in batches:
             with torch.cuda.stream(self._stream):
-                images_there = images.to(self.device, non_blocking=True)
-                labels_there = labels.to(self.device, non_blocking=True)
-                copied = self._stream.record_event()
-            if ready is not None:
-                yield self._hand_over(*ready)
-            ready = (images_there, labels_there, copied)
-        if ready is not None:
-            yield self._hand_over(*ready)
+                there = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+                sent.append((there, batch, self._stream.record_event()))
+            if len(sent) > 1:
+                yield self._receive(*sent.pop(0))
+        for last in sent:
+            yield self._receive(*last)
 
-    def _hand_over(self, images, labels, copied):
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(copied)
-        images.record_stream(current)
-        labels.record_stream(current)
-        return images, labels
+    def _receive(self, there, batch, copied):
+        copied.synchronize()  # long done; until here `batch` kept its pinned buffer
+        for tensor in there:
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tuple(there)
 
     def close(self):
         self.closed = True
@@ -2085,193 +1843,156 @@ class Epoch:
     """
 
     def __init__(self, loader, positions, start):
-        self.loader = loader
-        self.reader = loader.reader
-        self.process = os.getpid()
-        self.total = len(positions)
-        self.samples = loader.indices[positions]
-        self.granted = start  # batches up to here may be filled
-        self.end = len(loader)
-        self.pixels = 3 * loader.res ** 2
-        self.buffers = []
-        self.holders = []  # for each buffer a weak reference to the view of it that went out
-        self.filling = {}  # batch: view of its buffer
-        self.failure = None
-        self.wake = threading.Condition()
-        self.stopped = False
+        reader = loader.reader
         size = loader.batch_size
-        self.control = np.array([start * size, start * size])
-        self.addresses = np.zeros(AHEAD, np.int64)
-        self.done = np.zeros(AHEAD, np.int64)
-        self.status = np.zeros((AHEAD, size), np.int64)
-        reader = self.reader
+        self.loader = loader
+        self.samples = loader.indices[positions]
+        self.start = start
+        self.end = len(loader)
+        self.granted = start  # the batches before this one may be filled
+        self.filling = {}  # batch: its buffer
+        self.free = loader.free_buffers
+        self.complete = set()
+        self.events = queue.SimpleQueue()  # from the threads: numbers of batches, exceptions
+        self.fills = threading.Semaphore(0)  # wakes the threads: as many as there are for a batch
+        self.reads = threading.Semaphore(AHEAD)  # batches that may be read ahead
+        self.stopped = False
+        self.limit = np.array([start])
         self.job = Job(
             reader.file.fileno(), reader.modes, reader.widths, reader.heights, reader.ptrs,
-            reader.sizes, self.samples, positions, self.control, self.addresses, self.done,
-            self.status, loader.train, loader.res, size, loader.views,
+            reader.sizes, self.samples, positions, self.limit, *np.zeros((3, self.end), np.int64),
+            np.zeros((self.end, size), np.int64), loader.train, loader.res, size, loader.views,
             loader.interpolation == "bicubic", loader.seed, loader.epoch, loader.scale,
             loader.ratio, loader.hflip, loader.crop_ratio)
-        self._load_kernels()
-        targets = [self._fill_batches] * loader.num_workers
+        bind()
+        if not fill.signatures:
+            with kernel_cache(fill, COMPILING):
+                fill(self.job, self._make_scratch()[1], start)  # returns: nothing is granted yet
+                publish(self.limit.ctypes.data, start)
+        work = [self._fill_batches] * loader.num_workers
         if loader.order == "pages":
-            targets.append(self._read_ahead)
-        self.threads = [threading.Thread(target=target, daemon=True) for target in targets]
+            work.append(self._read_ahead)
+        self.threads = [threading.Thread(target=self._run, args=(f,), daemon=True) for f in work]
         for thread in self.threads:
             thread.start()
 
     def _make_scratch(self):
-        widths = self.reader.widths[self.samples]
-        heights = self.reader.heights[self.samples]
-        return make_scratch(self.reader.sizes[self.samples], widths, heights, self.loader.res)
+        reader = self.loader.reader
+        tables = (reader.sizes, reader.widths, reader.heights)
+        return make_scratch(*(table[self.samples] for table in tables), self.job.res)
 
-    def _load_kernels(self):
-        bind()
-        if not fill.signatures:
-            with kernel_cache(fill, COMPILING):
-                memory, scratch = self._make_scratch()
-                fill(self.job, scratch)  # nothing is granted yet: returns at once
-                atomic_store(self.control.ctypes.data + 8 * LIMIT, int(self.control[LIMIT]))
-                atomic_load(self.control.ctypes.data)
+    def _run(self, work):
+        try:
+            work()
+        except BaseException as error:  # the caller would wait for ever for a thread that ended
+            self.events.put(error)
 
     def _fill_batches(self):
-        control = self.control
-        limit = control.ctypes.data + 8 * LIMIT
-        try:
-            memory, scratch = self._make_scratch()  # memory lives as long as this thread
-            while atomic_load(limit) >= 0:
-                completed = fill(self.job, scratch)
-                with self.wake:
-                    if completed >= 0:
-                        self.wake.notify_all()
-                    while 0 <= atomic_load(limit) <= control[NEXT]:
-                        self.wake.wait()
-        except BaseException as error:  # a thread that just ended would leave the caller waiting
-            with self.wake:
-                self.failure = error
-                self.wake.notify_all()
+        memory, scratch = self._make_scratch()  # memory lives as long as this thread
+        batch = self.start
+        while not self.stopped:
+            completed, batch = fill(self.job, scratch, batch)
+            if completed >= 0:
+                self.events.put(completed)
+            else:
+                self.fills.acquire()
 
     def _read_ahead(self):
         """Asks the system for the windows that the coming batches lie in, front to back."""
-        window = max(WINDOW, self.reader.page_size)
-        size = self.loader.batch_size
+        reader = self.loader.reader
+        window = max(WINDOW, reader.page_size)
+        size = self.job.batch_size
         asked = set()
-        for batch in range(self.granted, self.end):
-            with self.wake:
-                while not self.stopped and batch >= self.granted + AHEAD:
-                    self.wake.wait()
-            samples = self.samples[batch * size:(batch + 1) * size]
-            for number in np.unique(self.reader.ptrs[samples] // window).tolist():
-                if number in asked:
-                    continue
+        for batch in range(self.start, self.end):
+            self.reads.acquire()
+            if self.stopped:
+                return
+            numbers = reader.ptrs[self.samples[batch * size:(batch + 1) * size]] // window
+            for number in sorted(set(numbers.tolist()) - asked):
                 asked.add(number)
-                for at in range(number * window, (number + 1) * window, READ_PIECE):
-                    if self.stopped or at >= self.reader.size:
-                        break
-                    os.posix_fadvise(self.reader.file.fileno(), at, READ_PIECE,
-                                     os.POSIX_FADV_WILLNEED)
+                end = min((number + 1) * window, reader.size)
+                for at in range(number * window, end, READ_PIECE):
+                    if self.stopped:
+                        return
+                    os.posix_fadvise(reader.file.fileno(), at, READ_PIECE, os.POSIX_FADV_WILLNEED)
 
     def _grant(self):
-        """Lets the threads fill one batch more, into a buffer that nobody outside holds."""
-        free = [i for i, holder in enumerate(self.holders) if holder() is None]
-        if not free:
-            free = [len(self.buffers)]
-            loader = self.loader
-            nbytes = loader.views * loader.batch_size * self.pixels
-            pinned = loader.device.type == "cuda"
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-            self.buffers.append(buffer.numpy())
-            self.holders.append(None)
-        buffer = self.buffers[free[0]]
+        """Lets the threads fill one batch more, into a buffer that no tensor holds."""
+        job = self.job
+        nbytes = job.views * job.batch_size * 3 * job.res ** 2
+        while self.free and self.free[-1].nbytes != nbytes:  # of another resolution
+            self.free.pop()
+        if not self.free:
+            pinned = self.loader.device.type == "cuda"
+            self.free.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy())
+        buffer = self.free.pop()
         view = buffer[:]  # lives as long as a tensor made from it; then the buffer is free again
-        self.holders[free[0]] = weakref.ref(view)
+        weakref.finalize(view, self.free.append, buffer)
         self.filling[self.granted] = view
-        slot = self.granted % AHEAD
-        self.addresses[slot] = buffer.ctypes.data
-        self.done[slot] = 0
+        job.addresses[self.granted] = buffer.ctypes.data
         self.granted += 1
-        limit = min(self.total, self.granted * self.loader.batch_size)
-        atomic_store(self.control.ctypes.data + 8 * LIMIT, limit)
+        publish(self.limit.ctypes.data, self.granted)
+        self.fills.release(self.loader.num_workers)
+        self.reads.release()
 
     def take(self, batch):
-        """Waits for a batch: its pictures, uint8 ([views,] B, 3, res, res), and its samples."""
-        self.loader._refuse_fork()
-        size = self.loader.batch_size
-        slot = batch % AHEAD
-        samples = self.samples[batch * size:(batch + 1) * size]
-        done = self.done.ctypes.data + 8 * slot
-        with self.wake:
-            while self.granted < min(self.end, batch + AHEAD) and not self.stopped:
-                self._grant()
-            self.wake.notify_all()
-            while not (atomic_load(done) == len(samples) or self.failure or self.stopped):
-                self.wake.wait()
-        if self.failure is not None:
-            raise RuntimeError(f"{self.reader.path}: a loader thread failed: "
-                               f"{self.failure!r}.") from self.failure
-        if self.stopped:
-            raise RuntimeError(f"{self.reader.path}: the loader was closed while it was read.")
-        status = self.status[slot, :len(samples)]
-        if status.any():
-            row = int(np.flatnonzero(status)[0])
-            raise self.reader.sample_error(samples[row], REASONS[int(status[row])])
-        views = self.loader.views
-        res = self.loader.res
-        images = torch.from_numpy(self.filling.pop(batch))[:views * len(samples) * self.pixels]
-        images = images.view(views, len(samples), res, res, 3).permute(0, 1, 4, 2, 3)
-        return images if views > 1 else images[0], samples
+        """Waits for a batch: its pictures, uint8 ([views,] B, 3, res, res), and its labels."""
+        self.loader._check_usable()
+        reader = self.loader.reader
+        job = self.job
+        while self.granted < min(self.end, batch + AHEAD):
+            self._grant()
+        while batch not in self.complete:
+            event = self.events.get()
+            if isinstance(event, BaseException):
+                raise RuntimeError(f"{reader.path}: loading ended: {event!r}.") from event
+            self.complete.add(event)
+        samples = self.samples[batch * job.batch_size:(batch + 1) * job.batch_size]
+        for sample, code in zip(samples, job.status[batch]):
+            if code != OK:
+                raise reader.sample_error(sample, REASONS[int(code)])
+        shape = (job.views, len(samples), job.res, job.res, 3)
+        images = torch.from_numpy(self.filling.pop(batch))[:math.prod(shape)].view(shape)
+        images = images.permute(0, 1, 4, 2, 3)
+        labels = torch.from_numpy(reader.labels[samples])
+        return images if job.views > 1 else images[0], labels
 
     def stop(self):
-        if os.getpid() != self.process or sys.is_finalizing():
-            return  # in a fork the threads are missing, and one may hold the lock for ever
-        with self.wake:
-            self.stopped = True
-            atomic_store(self.control.ctypes.data + 8 * LIMIT, -1)
-            self.wake.notify_all()
+        if os.getpid() != self.loader._process:
+            return  # in a fork the threads are missing
+        self.stopped = True
+        publish(self.limit.ctypes.data, -1)  # the kernels return after the image at hand
+        self.fills.release(len(self.threads))
+        self.reads.release()
         for thread in self.threads:
             thread.join()
+        self.events.put(RuntimeError("the loader was closed"))
 
 
 class ESSLLoader(EpochLoader):
     """Batches of a .beton file: uint8 (B, 3, res, res) in channels_last memory and int64 (B,).
 
     Training takes RandomResizedCrop(scale, ratio) and a flip with probability hflip; evaluation the
-    centre square of crop_ratio of the short side. With views=V a batch is (V, B, 3, res, res): V
-    crops of each sample, the first as with views=1. Bytes depend on (seed, epoch, indices) and the
-    stage alone, not on num_workers (0: all cores this process may use). Training leaves out the
-    last samples of an order that do not fill all ranks, and the last partial batch if drop_last
-    (None: in training); evaluation visits each sample once over all ranks. order="pages" reads a
-    file that is larger than memory in large sequential pieces. Samples that the file's sidecar
-    excludes are left out.
-
-    On a CUDA device batches are copied ahead from pinned memory: about five batches of it,
-    5 * views * batch_size * 3 * res * res bytes (193 MB at 256 x 224 x 224), as without a GPU
-    ordinary memory.
+    centre square of crop_ratio of the short side. views=V: (V, B, 3, res, res), V crops of each
+    sample. Bytes depend on (seed, epoch, indices) and the stage alone, not on num_workers (0: all
+    cores of this process). Evaluation visits each sample once over all ranks; training leaves out
+    what does not fill all ranks, and the last partial batch (drop_last=None). order="pages" is for
+    files larger than memory. On a CUDA device about five batches lie in pinned memory.
     Raises ValueError for an argument and DataError for the file; both say what to do.
     """
 
-    def __init__(self, path: str | Path, batch_size: int, train: bool = True, res: int = 224,
-                 scale: tuple[float, float] = (0.2, 1.0),
-                 ratio: tuple[float, float] = (3 / 4, 4 / 3), hflip: float = 0.5,
-                 crop_ratio: float = 224 / 256, interpolation: str = "bicubic",
-                 num_workers: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1,
-                 drop_last: bool | None = None, device: str | torch.device = "cpu",
-                 indices: np.ndarray | list[int] | None = None, order: str = "random",
-                 views: int = 1):
-        self.reader = BetonReader(path)
+    def __post_init__(self):
+        self.reader = BetonReader(self.path)
         self.labels = self.reader.labels
         self.classes = self.reader.classes
         self.excluded = self.reader.excluded
+        self.free_buffers = []  # for batches; those that no tensor holds
         self._epochs = set()
-        super().__init__(path, batch_size, train, res, scale, ratio, hflip, crop_ratio,
-                         interpolation, num_workers, seed, rank, world_size, drop_last, device,
-                         indices, order, views)
+        super().__post_init__()
 
     def _shuffle(self, rng):
-        """order="pages": windows of pages in random order, samples shuffled within a window.
-
-        A window is WINDOW bytes long and starts elsewhere in each epoch. All ranks are in the same
-        window at a time.
-        """
+        """order="pages": windows of WINDOW bytes, in random order and shuffled within, all ranks in
+        the same one at a time; their borders differ from epoch to epoch."""
         if self.order == "random":
             return super()._shuffle(rng)
         pages = max(1, WINDOW // self.reader.page_size)
@@ -2284,148 +2005,103 @@ class ESSLLoader(EpochLoader):
         epoch = Epoch(self, positions, start)
         self._epochs.add(epoch)
         try:
-            for batch in range(start, len(self)):
-                images, samples = epoch.take(batch)
-                yield images, torch.from_numpy(self.labels[samples])
+            for batch in range(start, epoch.end):
+                yield epoch.take(batch)
         finally:
             epoch.stop()
             self._epochs.discard(epoch)
 
     def close(self):
         """Stops the threads, also of an iteration under way, and closes the file."""
+        super().close()
         for epoch in list(self._epochs):
             epoch.stop()
         self.reader.close()
-        super().close()
 
 
 # --- loader over a folder of pictures
-class FolderEpoch(torch.utils.data.Dataset):
-    """One epoch of a folder: Pillow decodes the whole picture; boxes as in ESSLLoader."""
+@dataclass(eq=False, repr=False)
+class FolderLoader(EpochLoader):
+    """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
 
-    def __init__(self, loader):
-        names = ("paths labels indices train res scale ratio hflip crop_ratio interpolation seed "
-                 "epoch views transform")
-        self.settings = argparse.Namespace(**{k: getattr(loader, k) for k in names.split()})
+    Takes class folders, or a flat folder of pictures as one class. Same order and relative boxes as
+    ESSLLoader for the same seed. transform: a function of the cropped and flipped Pillow picture,
+    in training (RandAug for Table 6). order changes nothing here.
+    Raises ValueError for an argument and DataError for the folder or a picture.
+    """
+
+    transform: object = None
+
+    def __post_init__(self):
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+        folder = Path(self.path).resolve()
+        try:
+            self.classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+            if not self.classes:  # a flat folder is one class of its parent
+                self.classes = [folder.name]
+                folder = folder.parent
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            pairs = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
+        except OSError as error:
+            raise DataError(f"{self.path}: expected class folders of pictures, or pictures "
+                            f"({error}).") from None
+        self.paths = [path for path, _ in pairs]
+        self.labels = np.array([label for _, label in pairs], np.int64)
+        self.excluded = np.zeros(0, np.int64)
+        super().__post_init__()
 
     def __getitem__(self, position):
-        """(views, res, res, 3) uint8, label, and what is wrong or ""."""
+        """For the DataLoader: (views, res, res, 3) uint8, label, and what is wrong or ""."""
         from PIL import Image, ImageOps
-        s = self.settings
-        sample = s.indices[position]
+        sample = self.indices[position]
+        draw = (self.seed, self.epoch, position)
+        resample = Image.Resampling[self.interpolation.upper()]
+        crops = np.zeros((self.views, self.res, self.res, 3), np.uint8)
         try:
-            with Image.open(s.paths[sample]) as picture:
+            with Image.open(self.paths[sample]) as picture:
                 picture.load()
                 with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
                     ImageOps.exif_transpose(picture, in_place=True)
                 picture = picture.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            empty = torch.zeros((s.views, s.res, s.res, 3), dtype=torch.uint8)
-            return empty, 0, f"{s.paths[sample]}: cannot be decoded ({error})"
-        crops = [np.asarray(self._crop(picture, position, view)) for view in range(s.views)]
-        return torch.from_numpy(np.stack(crops)), s.labels[sample], ""
-
-    def _crop(self, picture, position, view):
-        from PIL import Image, ImageOps
-        s = self.settings
-        if s.train:
-            x, y, w, h = random_box(*picture.size, s.scale, s.ratio, s.seed, s.epoch, position,
-                                    view)
-        else:
-            x, y, w, h = center_box(*picture.size, s.crop_ratio)
-        resample = Image.Resampling[s.interpolation.upper()]
-        picture = picture.crop((x, y, x + w, y + h)).resize((s.res, s.res), resample)
-        first_draw = VIEW_DRAWS * view
-        if s.train and uniform(s.seed, s.epoch, position, first_draw + FLIP_DRAW) < s.hflip:
-            picture = ImageOps.mirror(picture)
-        if s.train and s.transform:
-            # timm's RandAug draws from these two generators, this worker process's own.
-            draw = uniform(s.seed, s.epoch, position, first_draw + FLIP_DRAW + 1)
-            random.seed(int(draw * 2 ** 32))
-            np.random.seed(int(draw * 2 ** 32))
-            picture = s.transform(picture)
-        return picture
-
-
-class FolderLoader(EpochLoader):
-    """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
-
-    Takes class folders, as torchvision's ImageFolder, or a flat folder of pictures: one class with
-    the folder's name. Same order and same relative boxes as ESSLLoader for the same seed: for
-    comparison, and for the paper's Table 12. transform: a function of the cropped and flipped
-    Pillow picture, in training (RandAug for Table 6). order changes nothing here.
-    Raises ValueError for an argument and DataError for the folder or a picture.
-    """
-
-    def __init__(self, folder: str | Path, batch_size: int, train: bool = True, res: int = 224,
-                 scale: tuple[float, float] = (0.2, 1.0),
-                 ratio: tuple[float, float] = (3 / 4, 4 / 3), hflip: float = 0.5,
-                 crop_ratio: float = 224 / 256, interpolation: str = "bicubic",
-                 num_workers: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1,
-                 drop_last: bool | None = None, device: str | torch.device = "cpu",
-                 indices: np.ndarray | list[int] | None = None, order: str = "random",
-                 views: int = 1, transform=None):
-        self.paths, labels, self.classes = find_pictures(Path(folder))
-        self.labels = np.array(labels, np.int64)
-        self.excluded = np.zeros(0, np.int64)
-        self.transform = transform
-        super().__init__(folder, batch_size, train, res, scale, ratio, hflip, crop_ratio,
-                         interpolation, num_workers, seed, rank, world_size, drop_last, device,
-                         indices, order, views)
+            return crops, 0, f"{self.paths[sample]}: cannot be decoded ({error})"
+        for view in range(self.views):
+            x, y, w, h = center_box(*picture.size, self.crop_ratio)
+            if self.train:
+                x, y, w, h = random_box(*picture.size, self.scale, self.ratio, *draw, view)
+            crop = picture.crop((x, y, x + w, y + h)).resize((self.res, self.res), resample)
+            flip_draw = VIEW_DRAWS * view + FLIP_DRAW
+            if self.train and uniform(*draw, flip_draw) < self.hflip:
+                crop = ImageOps.mirror(crop)
+            if self.train and self.transform:
+                # timm's RandAug draws from these two generators, this worker process's own.
+                random.seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
+                np.random.seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
+                crop = self.transform(crop)
+            crops[view] = crop
+        return crops, self.labels[sample], ""
 
     def _host_batches(self, positions, start):
-        self._check_shared_memory()
+        size = self.batch_size
+        needed = (self.num_workers * AHEAD + 1) * self.views * size * 3 * self.res ** 2
+        shm = os.statvfs("/dev/shm")  # where worker processes hand batches over
+        if shm.f_bavail * shm.f_frsize < needed:  # else a bus error
+            raise DataError(f"{self.path}: {self.num_workers} worker(s) need {needed / 1e6:,.0f} "
+                            "MB free in /dev/shm. Start the container with a larger --shm-size, "
+                            "or take fewer num_workers.")
         with kernel_cache(random_box):  # here, before the worker processes start
             random_box(8, 8, self.scale, self.ratio, self.seed, 0, 0, 0)
             center_box(8, 8, self.crop_ratio)
             uniform(self.seed, 0, 0, 0)
-        size = self.batch_size
         batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
-        loader = torch.utils.data.DataLoader(
-            FolderEpoch(self), batch_sampler=batches, num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda", prefetch_factor=AHEAD)
-        for images, labels, errors in loader:
-            error = max(errors)
-            if error:
-                raise DataError(f"{error}. Remove it, or build a file without it: python "
+        for images, labels, errors in torch.utils.data.DataLoader(
+                self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
+                pin_memory=self.device.type == "cuda", multiprocessing_context="fork"):
+            if any(errors):
+                raise DataError(f"{max(errors)}. Remove it, or build a file without it: python "
                                 f"build_beton.py --skip-bad --data-dir {self.path} --out FILE.")
             images = images.permute(1, 0, 4, 2, 3)  # (views, B, 3, res, res)
             yield images if self.views > 1 else images[0], labels
-
-    def _check_shared_memory(self):
-        """Worker processes hand batches over in /dev/shm: one that is full ends in a bus error."""
-        batch = self.views * self.batch_size * 3 * self.res ** 2
-        needed = (self.num_workers * AHEAD + 1) * batch
-        with contextlib.suppress(FileNotFoundError):  # not every system has it
-            shm = os.statvfs("/dev/shm")
-            free = shm.f_bavail * shm.f_frsize
-            if free < needed:
-                raise DataError(f"{self.path}: {self.num_workers} worker(s) need "
-                                f"{needed / 1e6:,.0f} MB in /dev/shm, {free / 1e6:,.0f} MB are "
-                                "free. Start the "
-                                "container with a larger --shm-size (or --ipc=host), or take fewer "
-                                "num_workers or a smaller batch.")
-
-
-def find_pictures(folder):
-    """(paths, labels, classes) of class folders of pictures, or of a flat folder of pictures."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-    try:
-        try:
-            classes, class_to_idx = find_classes(folder)
-        except FileNotFoundError:
-            classes = []
-        if classes:
-            pairs = make_dataset(str(folder), class_to_idx, IMG_EXTENSIONS)
-            return [path for path, _ in pairs], [label for _, label in pairs], classes
-        paths = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-    except OSError as error:
-        raise DataError(f"{folder}: expected class folders of pictures, or pictures "
-                        f"({error}).") from None
-    if not paths:
-        raise DataError(f"{folder}: holds neither class folders nor pictures "
-                        f"({', '.join(IMG_EXTENSIONS)}).")
-    return paths, [0] * len(paths), [folder.resolve().name]
 
 
 # --- what a run checks before it begins
@@ -2485,15 +2161,13 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
     (seed, number of the batch, sample). A damaged sample is named on stderr and interrupts the
     program (KeyboardInterrupt).
     """
-    from dataclasses import replace
-
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
-    if output_size[0] != output_size[1] or interpolation not in ("bicubic", "bilinear"):
-        raise ValueError(f"output_size={output_size}, interpolation={interpolation!r}: expected a "
-                         "square, and 'bicubic' or 'bilinear'.")
     res = int(output_size[0])
+    check("output_size", output_size, res == output_size[1], "a square")
+    check("interpolation", interpolation, interpolation in ("bicubic", "bilinear"),
+          "'bicubic' or 'bilinear'")
     bicubic = interpolation == "bicubic"
     scale = (float(scale[0]), float(scale[1]))
     ratio = (float(ratio[0]), float(ratio[1]))
@@ -2506,9 +2180,9 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
 
     class CropDecoder(SimpleRGBImageDecoder):  # FFCV takes only its own class for a decoder
         def declare_state_and_memory(self, previous_state):
-            shape = (res, res, 3)
-            state = replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1"))
-            return state, AllocationQuery(shape, np.dtype("u1"))
+            memory = AllocationQuery((res, res, 3), np.dtype("u1"))
+            return replace(previous_state, jit_mode=True, shape=memory.shape,
+                           dtype=memory.dtype), memory
 
         def generate_code(self):
             read = self.memory_read
@@ -2549,27 +2223,20 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
 
 # --- what is in a file
 def describe(path):
-    """Prints the samples, classes, sizes, modes and settings of a .beton file."""
-    with contextlib.closing(BetonReader(path)) as reader:
-        jpegs = int((reader.modes == 0).sum())
-        names = reader.classes or []
-        kind = "build_beton.py" if reader.settings else "FFCV's DatasetWriter"
-        print(f"{path}: {reader.size / 1e6:,.1f} MB, written by {kind}")
-        print(f"samples   {reader.num_samples:,}: {jpegs:,} JPEG, {reader.num_samples - jpegs:,} "
-              f"raw; {len(reader.excluded):,} excluded as damaged")
-        print(f"classes   {len(names) or 'no names'}{': ' * bool(names)}{', '.join(names[:10])}"
-              f"{', ...' * (len(names) > 10)}; labels {reader.labels.min()} to "
-              f"{reader.labels.max()}")
-        for name, values, unit in (("width", reader.widths, "pixels"),
-                                   ("height", reader.heights, "pixels"),
-                                   ("size", reader.sizes, "bytes")):
-            low, middle, high = np.quantile(values, (0, 0.5, 1)).astype(int)
-            print(f"{name:9} {low:,} to {high:,} {unit}, median {middle:,}")
-        print(f"pages     {reader.page_size:,} bytes")
-        for key, value in reader.settings.items():
-            print(f"setting   {key} = {value}")
-        for sample in reader.excluded[:20]:
-            print(f"excluded  sample {sample}")
+    """Prints the samples, classes, sizes and settings of a .beton file."""
+    reader = BetonReader(path)
+    n = reader.num_samples
+    jpegs = int((reader.modes == 0).sum())
+    names = reader.classes or []
+    print(f"{path}: {reader.size / 1e6:,.1f} MB in pages of {reader.page_size:,} bytes")
+    print(f"samples   {n:,}: {jpegs:,} JPEG, {n - jpegs:,} raw; {len(reader.excluded):,} excluded")
+    print(f"classes   {len(names)}: {', '.join(names[:10]) or 'no names'}; labels "
+          f"{reader.labels.min()} to {reader.labels.max()}")
+    for name in ("widths", "heights", "sizes"):
+        low, middle, high = np.quantile(getattr(reader, name), (0, 0.5, 1)).astype(int)
+        print(f"{name:9} {low:,} to {high:,}, median {middle:,}")
+    for key, value in reader.settings.items():
+        print(f"setting   {key} = {value}")
 
 
 def main():
