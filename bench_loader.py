@@ -13,7 +13,6 @@ A line names what is left out, and why. Last line:
     written: runs/bench.json, runs/bench.png
 """
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
@@ -25,13 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, bind, decode_planes,
+from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, decode_planes,
                          ffcv_decoder, make_scratch, random_box, resized_crop, usable_cores)
 
 SECTIONS = ("alternatives", "decomposition", "compression", "pixels")
@@ -90,58 +90,40 @@ def add_table(report, section, rows):
 
 
 # --- processes
-def serve(pipe, make, make_args):
-    """A child process: answers requests with make(*make_args)(request), or with an exception."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends when its parent does
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    run = None
-    try:
-        while True:
-            request = pipe.recv()
-            run = run or make(*make_args)
-            pipe.send(run(request))
-    except Exception as error:  # whatever an alternative raises, the others go on
-        pipe.send(error if isinstance(error, DataError) else RuntimeError(error))
+child_runs = []  # in a child process: the function that times its passes
 
 
-def start_child(stack, make, *make_args):
-    """A function that sends requests to serve() in a new process, which ends with the stack."""
-    pipe, end = multiprocessing.Pipe()
-    child = multiprocessing.Process(target=serve, args=(end, make, make_args))
-    child.start()
-    os.setpgid(child.pid, child.pid)  # a group: one signal ends it with the workers it starts
-    stack.enter_context(contextlib.suppress(ProcessLookupError))  # it may have died before
-    stack.callback(os.killpg, child.pid, signal.SIGKILL)
-    end.close()
-
-    def ask(request):
-        pipe.send(request)
-        try:
-            answer = pipe.recv()
-        except (EOFError, OSError):
-            answer = RuntimeError("its process died")
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-    return ask
+def time_pass(make, *make_args, with_memory=False):
+    """In a child process: what make(*make_args)(with_memory) returns; it is made once."""
+    if not child_runs:
+        os.setpgid(0, 0)  # a group: main ends it with the workers that it starts
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends when its parent does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # by which ffcv_decoder ends a process
+        child_runs.append(make(*make_args))
+    return child_runs[0](with_memory)
 
 
 def measure(args, report, makes, base):
     """Rows of images/s, by processes {name: (make, *arguments)} in turns; they warm up first."""
     rows = []
-    children = {}
-    with contextlib.ExitStack() as stack:
-        for name, make in makes.items():
-            try:
-                if name in ("FFCV + ffcv_decoder", "ESSL bilinear"):  # our kernels into the cache
-                    start_child(stack, *make)(False)
-                child = start_child(stack, *make)
-                rows.append({"name": name, **child(False), **child(True)})
-                children[name] = child
-            except RuntimeError as error:
-                leave_out(report, name, error)
-        rounds = [{name: child(False)["images_s"] for name, child in children.items()}
-                  for _ in range(args.passes)]
+    children = {}  # pools of one process, which ends when nothing refers to the pool
+    for name, make in makes.items():
+        # Our kernels into numba's cache, by a process that measures nothing
+        starts = 2 if name in ("FFCV + ffcv_decoder", "ESSL bilinear") else 1
+        try:
+            for _ in range(starts):
+                child = ProcessPoolExecutor(1)
+                row = {"name": name, **child.submit(time_pass, *make).result()}
+            row |= child.submit(time_pass, *make, with_memory=True).result()
+        except DataError:
+            raise
+        except Exception as error:  # whatever an alternative raises, the others go on
+            leave_out(report, name, error)
+            continue
+        rows.append(row)
+        children[name] = child
+    rounds = [{name: child.submit(time_pass, *makes[name]).result()["images_s"]
+               for name, child in children.items()} for _ in range(args.passes)]
     for row in rows:
         row["passes"] = [speeds[row["name"]] for speeds in rounds]
         row["images_s"] = float(np.median(row["passes"]))
@@ -172,11 +154,9 @@ def find_source(args, reads):
 
 def held_memory():
     """MB of anonymous and shared memory of this process and its workers; shared counts once."""
-    kilobytes = []
-    for pid in [os.getpid()] + [child.pid for child in multiprocessing.active_children()]:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        kilobytes += re.findall(r"Pss_(?:Anon|Shmem): *(\d+)", text)
-    return 1024e-6 * sum(map(int, kilobytes))
+    pids = [os.getpid()] + [child.pid for child in multiprocessing.active_children()]
+    text = "".join(Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
+    return 1024e-6 * sum(map(int, re.findall(r"Pss_(?:Anon|Shmem): *(\d+)", text)))
 
 
 def open_alternative(name, source, res, args):
@@ -198,7 +178,7 @@ def open_alternative(name, source, res, args):
 
 
 def loader_passes(args, name, reads, res):
-    """run(with_memory): images/s of a pass, and its memory or the time to its first batch."""
+    """run(with_memory): a pass's memory, or images/s and, in the first, time to its first batch."""
     if name.startswith("FFCV"):
         import ffcv.loader  # noqa: F401  before the clock runs, as our own imports are
     source = find_source(args, reads)
@@ -206,22 +186,19 @@ def loader_passes(args, name, reads, res):
     start_pass = open_alternative(name, source, res, args)
 
     def run(with_memory):
-        memory = [0]
         if with_memory:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what this takes
-            memory = [held_memory()]
+            before = held_memory()
+            # At each batch: no loader gives buffers back before the end
+            return {"memory_MB": max(before, *(held_memory() for _ in start_pass())) - before}
         times = [time.perf_counter()]
         n = 0
         for images, _ in start_pass():
             times.append(time.perf_counter())
             n += images.numel() // (3 * res * res)  # each view counts
-            if with_memory:  # at each batch: no loader gives buffers back before the end
-                memory.append(held_memory())
-        row = {"images_s": n / (time.perf_counter() - times[0])}
-        if with_memory:
-            return {**row, "memory_MB": max(memory) - memory[0]}
-        return {**row, "first_batch_s": times[1] - opened}  # of use in the first pass
+        images_s = n / (time.perf_counter() - times[0])
+        return {"images_s": images_s, "first_batch_s": times[1] - opened}
     return run
 
 
@@ -260,7 +237,6 @@ def step_passes(args, name, step):
         from ffcv.libffcv import imdecode, resize_crop
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    bind()
     res = args.res[0]
     reader = BetonReader(args.data)
     tables = (reader.ptrs, reader.sizes, reader.widths, reader.heights)
@@ -274,25 +250,24 @@ def step_passes(args, name, step):
 
     def run(_):
         t0 = time.perf_counter()
-        for i, (at, size, *shape) in enumerate(samples):
-            x, y, w, h = random_box(*shape, SCALE, RATIO, 0, 0, i)
+        for i, (at, size, width, height) in enumerate(samples):
+            x, y, w, h = random_box(width, height, SCALE, RATIO, 0, 0, i)
             flip = step >= 3 and i % 2 == 0
             pixels = torch.from_numpy(crop)
             if name == "ESSL":
                 os.preadv(reader.file.fileno(), [raw[:size]], at)
                 if step == 1:
-                    decode_planes(scratch.raw, size, *shape, x, y, w, h, scratch)
+                    decode_planes(scratch.raw, size, width, height, x, y, w, h, scratch)
                 elif step >= 2:  # bicubic; the flip is part of its last write
-                    resized_crop(scratch.raw, size, 0, *shape, x, y, w, h, res, True, flip,
+                    resized_crop(scratch.raw, size, 0, width, height, x, y, w, h, res, True, flip,
                                  crop.ctypes.data, scratch)
             else:
                 jpeg = mapped[at:at + size]
-                sides = shape[::-1]  # height, width
                 decoded[:size] = jpeg  # the cost of touching the mapped file
                 if step >= 1:  # the whole picture
-                    imdecode(jpeg, decoded, *sides, *sides, 0, 0, 1, 1, False, False)
+                    imdecode(jpeg, decoded, height, width, height, width, 0, 0, 1, 1, False, False)
                 if step >= 2:  # by cv2's INTER_AREA
-                    picture = decoded[:3 * sides[0] * sides[1]].reshape(*sides, 3)
+                    picture = decoded[:3 * height * width].reshape(height, width, 3)
                     resize_crop(picture, y, y + h, x, x + w, crop)
                 if flip:
                     pixels = pixels.flip(1)
@@ -310,8 +285,7 @@ def bench_decomposition(args, report):
 
 def bench_pixels(args, report):
     if not args.data_dir:
-        leave_out(report, "pixels", "it needs a folder of pictures, --data-dir")
-        return
+        return leave_out(report, "pixels", "it needs a folder of pictures, --data-dir")
     settings = {"res": args.res[0], "indices": np.unique(args.ids), "drop_last": False}
     means = []
     for (a, _), (b, _) in zip(FolderLoader(args.data_dir, 64, **settings),
@@ -327,7 +301,7 @@ def bench_pixels(args, report):
 
 
 def main(args):
-    for number in (signal.SIGINT, signal.SIGTERM):  # sys.exit unwinds the stacks of children
+    for number in (signal.SIGINT, signal.SIGTERM):  # sys.exit runs the `finally` below
         signal.signal(number, lambda *_: sys.exit("bench_loader: stopped"))
     multiprocessing.set_start_method("fork")
     report = {"command": sys.argv, "left_out": []}
@@ -354,6 +328,9 @@ def main(args):
             args.json.write_text(json.dumps(report, indent=1))
         except (DataError, OSError, RuntimeError) as error:
             sys.exit(f"bench_loader: {error}")
+        finally:
+            for child in multiprocessing.active_children():
+                os.killpg(child.pid, signal.SIGKILL)  # else the end would wait for its pass
     print(f"\nwritten: {args.json}, {args.plot}")
 
 

@@ -9,13 +9,12 @@ Give the same command again and the run goes on from last.pt. The last line is t
 """
 import argparse
 import json
-import math
 import os
-import random
 import re
 import signal
 import sys
 import time
+import timeit
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,18 +23,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
-from timm.data import Mixup
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image
+from timm.data import Mixup, auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay
+from timm.utils import random_seed
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms import Grayscale, RandomChoice, RandomSolarize
 from tqdm import tqdm
 
 import models_mae
 from essl_loader import DataError, check_batches, check_classes, open_loader
-from models_mae import ViT, WeightsError, accuracy, load_into
 from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at
 
 MIN_LR = 1e-6
@@ -196,31 +193,20 @@ def color_jitter(images, generator=None, strength=0.3):
     return blend(luma(x), x, factors[2]).to(torch.uint8)
 
 
-def seed_step(seed, step, rank):
-    """Makes all draws of a step functions of the three: 3 Aug, erasing, mixup, drop path."""
-    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-    random.seed(number)  # timm's RandomErasing
-    np.random.seed(number)  # timm's Mixup
-    torch.manual_seed(number)
-
-
 def benchmark(args, device):
     """Table 7: images/s of RandAug and 3 Aug on one core, and of 3 Aug in batches on the device."""
     torch.set_num_threads(1)
     images, _ = next(iter(open_loader(args.data, args.batch_size, num_workers=1, device=device)))
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images.cpu()]
     rand_augment = rand_augment_transform(*RAND_AUG)
-    three_augment_pillow = RandomChoice([Grayscale(3), RandomSolarize(128, p=1), lambda x: x.filter(
-        ImageFilter.GaussianBlur(random.uniform(0.1, 2)))])
+    three_augment_pillow = auto_augment_transform("3a", {})
     ways = {"RandAug, Pillow, one core": lambda: [rand_augment(x) for x in pictures],
             "3 Aug, Pillow, one core": lambda: [three_augment_pillow(x) for x in pictures],
             f"3 Aug, batches, {device.type}": lambda: three_augment(images)[0, 0, 0, 0].item()}
     for name, way in ways.items():
         way()
-        t0 = time.time()
-        for _ in range(args.benchmark):
-            way()
-        print0(f"{name}: {args.benchmark * len(images) / (time.time() - t0):,.0f} images/s")
+        seconds = timeit.timeit(way, number=args.benchmark)
+        print0(f"{name}: {args.benchmark * len(images) / seconds:,.0f} images/s")
 
 
 # --- evaluation
@@ -228,7 +214,7 @@ def evaluate(model, loader, autocast):
     """Top-1, top-5 and n of a loader's pictures, each counted once."""
     model.eval()
     with autocast:
-        return accuracy(((model(x).float(), y) for x, y in loader), loader.device)
+        return models_mae.accuracy(((model(x).float(), y) for x, y in loader), loader.device)
 
 
 def main(args):
@@ -253,9 +239,9 @@ def main(args):
     # --- evaluate only
     if args.eval:
         if "head.weight" not in weights:
-            raise WeightsError(f"{args.finetune} has no classifier: --eval needs a finetuned one.")
-        model = ViT(vit, size, len(weights["head.weight"])).to(device)
-        load_into(model, weights, args.finetune)
+            raise models_mae.WeightsError(f"{args.finetune} has no classifier: finetune it first.")
+        model = models_mae.ViT(vit, size, len(weights["head.weight"])).to(device)
+        models_mae.load_into(model, weights, args.finetune)
         for val_data in args.val_data:
             val = open_loader(val_data, args.batch_size, train=False, res=size, **shared)
             if names and val.classes and list(names) != list(val.classes):
@@ -284,9 +270,9 @@ def main(args):
     steps = args.epochs * steps_per_epoch
 
     # --- model
-    model = ViT(vit, size, classes, drop_path=args.drop_path)
+    model = models_mae.ViT(vit, size, classes, drop_path=args.drop_path)
     if weights:
-        load_into(model, weights, args.finetune, fresh=("fc_norm.", "head."))
+        models_mae.load_into(model, weights, args.finetune, fresh=("fc_norm.", "head."))
     ddp_model = model.to(device)
     if world > 1:
         ddp_model = nn.parallel.DistributedDataParallel(model)
@@ -323,10 +309,9 @@ def main(args):
 
     def checkpoint(path):
         if rank == 0:
-            save_checkpoint(
-                path, epoch=epoch + 1, step=step, best=best, settings=settings,
-                model=model.settings, classes=loader.classes,
-                **{k: part.state_dict() for k, part in parts.items()})
+            save_checkpoint(path, epoch=epoch + 1, step=step, best=best, settings=settings,
+                            model=model.settings, classes=loader.classes,
+                            **{k: part.state_dict() for k, part in parts.items()})
     saved_at = time.time()
     stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
@@ -342,7 +327,9 @@ def main(args):
         first_step = step
         model.train()
         while step < (epoch + 1) * steps_per_epoch and not stopping:
-            seed_step(args.seed, step, rank)
+            # 3 Aug, erasing, mixup and drop path draw by (seed, step, rank) alone
+            draws = np.random.SeedSequence([args.seed, step, rank])
+            random_seed(int(draws.generate_state(1)[0]))  # Python's, numpy's and torch's
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr, MIN_LR)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -379,7 +366,7 @@ def main(args):
             mean_loss = (loss_sum[0] / loss_sum[1]).item()
             scaler.update(1.0)
             skipped = step - int(optimizer.state[model.cls_token]["step"])  # which AdamW counts
-            if not math.isfinite(mean_loss) or skipped > step / 2:
+            if not np.isfinite(mean_loss) or skipped > step / 2:
                 raise DataError(f"epoch {epoch + 1}: loss {mean_loss}, {skipped} steps not finite. "
                                 "Lower --blr and start over with --resume none.")
             img_s = (step - first_step) * args.total_batch / (time.time() - t0)
@@ -409,5 +396,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(get_args(sys.argv[1:]))
-    except (DataError, WeightsError, OSError) as e:
+    except (DataError, models_mae.WeightsError, OSError) as e:
         raise SystemExit(f"finetune: {e}")

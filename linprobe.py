@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import models_mae
 from essl_loader import DataError, check_batches, check_classes, open_loader
-from models_mae import ViT, WeightsError, accuracy
 from schedules import lr_at
 
 # Flags that a resumed run may change; all others must be those of the run before
@@ -172,7 +171,7 @@ def main(args):
     weights, ckpt_settings, _ = models_mae.read_weights(args.checkpoint)
     vit = models_mae.vit_settings(args.model, ckpt_settings, args.checkpoint)
     size = args.input_size or ckpt_settings.get("img_size", 224)
-    model = ViT(vit, size, classes=0, pool=args.pool)
+    model = models_mae.ViT(vit, size, classes=0, pool=args.pool)
     if weights:
         models_mae.load_into(model, weights, args.checkpoint)
     model = model.to(device).eval().requires_grad_(False)
@@ -191,14 +190,12 @@ def main(args):
     classes = len(loader.classes or ()) or int(loader.labels.max()) + 1
     if stored:
         bank, bank_labels = store_features(model, loader, autocast)
-        val_features, val_labels = store_features(model, val, autocast)
+    val_features, val_labels = store_features(model, val, autocast)  # they never change
 
     def measure(score, batch_size):  # score: features (B, D) -> (B, classes)
-        batches = encoded(model, val, autocast)
-        if stored:
-            share = torch.arange(rank, len(val_features), world)
-            batches = stored_batches(val_features, val_labels, share, batch_size, device)
-        return accuracy(((score(features), labels) for features, labels in batches), device)
+        share = torch.arange(rank, len(val_features), world)
+        batches = stored_batches(val_features, val_labels, share, batch_size, device)
+        return models_mae.accuracy(((score(x), y) for x, y in batches), device)
 
     def finish(kind, result):
         row = json.dumps(dict(kind=kind, pool=args.pool, checkpoint=args.checkpoint, **result))
@@ -309,5 +306,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(get_args(sys.argv[1:]))
-    except (DataError, WeightsError, OSError) as e:
+    except (DataError, models_mae.WeightsError, OSError) as e:
         raise SystemExit(f"linprobe: {e}")

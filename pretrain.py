@@ -10,7 +10,6 @@ Give the same command again and the run goes on from last.pt. The last line is t
 import argparse
 import itertools
 import json
-import math
 import os
 import re
 import signal
@@ -194,9 +193,8 @@ def probe_accuracy(module, loader, autocast):
 def save_reconstructions(model, loader, mask_ratio, board, epoch, step):
     """recon_*.png: original, what the encoder saw, reconstruction; four pictures a row."""
     images = next(iter(loader))[0][:12]
-    L = (images.shape[-1] // model.patch_size) ** 2
     rng = torch.Generator(loader.device).manual_seed(0)  # the same masks each time
-    noise = models_mae.masking_noise((len(images), L), rng, loader.device)
+    noise = models_mae.masking_noise(model.patchify(images).shape[:2], rng, loader.device)  # (B, L)
     parts = model.reconstruct(images, mask_ratio, noise)  # (3, B, 3, H, W)
     grid = make_grid(parts.transpose(0, 1).flatten(0, 1), nrow=12)
     save_image(grid, Path(board.log_dir, f"recon_{epoch:04d}.png"))
@@ -212,17 +210,23 @@ class Window:
         self.data_time = 0.0  # seconds of waiting for the loader
         self.t0 = time.time()
 
-    def mean_loss(self, world):
-        if world > 1:
+    def mean_loss(self, scaler, enough):
+        """Of the finite ones. DataError if over `enough` steps had none, or were all skipped."""
+        if dist.is_initialized():
             dist.all_reduce(self.losses)
-        return (self.losses[0] / self.losses[1]).item()
+        mean = self.losses[0] / self.losses[1]
+        trains = mean.isfinite() and scaler.get_scale() > 0.5 ** self.steps
+        if self.steps > enough and not trains:
+            raise DataError("Loss or gradients are not finite. Lower --blr, --resume none anew.")
+        scaler.update(1.0)  # counts the skips of the next window
+        return mean.item()
 
-    def rates(self, total_batch, world, flops):
+    def rates(self, gpu_batch, world, flops):
         """Images/s, share of waiting; of a GPU TFLOP/s, MFU if its peak is known, GiB reserved."""
         seconds = time.time() - self.t0
-        img_s = self.steps * total_batch / seconds
-        row = dict(img_s=img_s, data_wait=self.data_time / seconds,
-                   tflops=img_s / world * flops / 1e12)
+        gpu_img_s = self.steps * gpu_batch / seconds
+        row = dict(img_s=gpu_img_s * world, data_wait=self.data_time / seconds,
+                   tflops=gpu_img_s * flops / 1e12)
         if torch.cuda.is_available():
             name = torch.cuda.get_device_name()
             row |= {"mfu": row["tflops"] / peak for k, peak in PEAK_TFLOPS.items() if k in name}
@@ -258,11 +262,9 @@ def benchmark(args, module, train_step, optimizer, scaler, autocast, loader, flo
                 optimizer.zero_grad()
                 window.steps += 1
             scaler.get_scale()
-            world = loader.world_size
-            row |= window.rates(args.batch_size * world, world, flops[res, mask_ratio])
+            row |= window.rates(args.batch_size, loader.world_size, flops[res, mask_ratio])
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
-            optimizer.zero_grad()
         rows.append(row)
         print0("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                          for k, v in row.items()))
@@ -302,7 +304,6 @@ def main(args):
         check_classes(loader, val)
     accum = args.total_batch // (args.batch_size * world)
     steps_per_epoch = loader.num_samples * args.repeat // args.total_batch
-    images_per_epoch = steps_per_epoch * args.total_batch
     steps = args.epochs * steps_per_epoch
     probe_every = max(1, args.epochs // 100)  # a hundred points of the curve cost little
     log_every = min(50, steps_per_epoch)
@@ -350,8 +351,7 @@ def main(args):
         fits = models_mae.init_from(model, args.model.removeprefix("mae_"), args.init)
         print0(f"{args.init} gives the encoder{' and the decoder' * fits}.")
     if step == steps:
-        print0(f"{last} is of a finished run of {args.epochs} epochs.")
-        return
+        return print0(f"{last} is of a finished run of {args.epochs} epochs.")
     print0(f"{args.model} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} x "
            f"{args.batch_size} x {accum} a step, {loader.num_workers} threads, {device.type}")
 
@@ -397,27 +397,22 @@ def main(args):
             window.steps += 1
             bar.update()
             epoch_ends = step % steps_per_epoch == 0
-            stop_now = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
+            stopping = stop + (step == args.max_steps)  # a copy: a signal may come at any moment
             if world > 1:
-                dist.all_reduce(stop_now, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
-            stopping = bool(stop_now) or step == args.max_steps
+                dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
 
             if epoch_ends or stopping or step % log_every == 0:
-                mean_loss = window.mean_loss(world)
-                skipped_all = scaler.get_scale() <= 0.5 ** window.steps
-                if (skipped_all or not math.isfinite(mean_loss)) and window.steps > log_every / 2:
-                    raise DataError(f"step {step}: not finite. Lower --blr, --resume none anew.")
-                scaler.update(1.0)
+                mean_loss = window.mean_loss(scaler, log_every / 2)
                 taken = int(optimizer.state[model.cls_token]["step"])  # AdamW's count
                 row = dict(epoch=epoch + 1, stage=index + 1, res=res, mask_ratio=mask_ratio,
                            loss=mean_loss, lr=lr, skipped_steps=step - taken,
-                           **window.rates(args.total_batch, world, costs[epoch]))
+                           **window.rates(accum * args.batch_size, world, costs[epoch]))
                 if val and epoch_ends and ((epoch + 1) % probe_every == 0 or step == steps):
                     row["probe_top1"] = probe_accuracy(module, val, autocast)
                 log(board, step, **row)
                 # Remaining FLOPs over FLOP/s: right across stages
-                epochs_left = sum(costs[epoch:]) / costs[epoch] - (step / steps_per_epoch - epoch)
-                left = timedelta(seconds=int(epochs_left * images_per_epoch / row["img_s"]))
+                steps_left = (sum(costs[epoch:]) / costs[epoch] + epoch) * steps_per_epoch - step
+                left = timedelta(seconds=int(steps_left * args.total_batch / row["img_s"]))
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, {row['img_s']:.0f} img/s, {left} left")
                 first_loss = first_loss or mean_loss
                 if epoch_ends:
