@@ -733,16 +733,14 @@ def unstuff(start, end, clean):
 
 
 # A place is where a block of a row goes, in 64-bit words: address of its coefficients, addresses of
-# its tables, offset of its DC predictor in the stream. The first place is where a stream waits when
+# its tables, offset of its DC predictor in the unit. The first place is where a stream waits when
 # nothing is left: its tables give the same symbol for ever.
 PLACE_SIZE = 32
 # A unit is an interval that is decoded, or the part of it in the crop, in 64-bit words: bit
-# positions where it begins, may end at the earliest and at the latest; its first place, and the end
-# of its places.
-BIT_LOW, BIT_HIGH, PLACE, PLACE_END, UNIT_SIZE = range(8, 48, 8)
-# A stream decodes one unit after the other: three DC predictors, the unit.
-UNIT = 24
-STREAM_SIZE = 32
+# positions where it begins, may end at the earliest and at the latest, ended; its first place, and
+# the end of its places; three DC predictors. A stream, one word, is the unit that it is at.
+BIT_LOW, BIT_HIGH, BIT_LAST, PLACE, PLACE_END, PREDICTORS = range(8, 56, 8)
+UNIT_SIZE = 72
 DAMAGED = 0
 BLOCK_DONE = 63 << 8  # a count from here on is the end of a block, an escape, or damage
 
@@ -778,25 +776,24 @@ def next_block(stream, units, position, place):
     units: address of the address of the next unit. Returns (word, position, count, AC table,
     coefficients, place).
     """
-    unit = load_int64(stream + UNIT)
+    unit = load_int64(stream)
     place += PLACE_SIZE
     good = position <= load_int64(unit + BIT_HIGH)
     if place == load_int64(unit + PLACE_END):
         good &= position >= load_int64(unit + BIT_LOW)
+        store_int64(unit + BIT_LAST, position)
         unit = load_int64(units)
         store_int64(units, unit + UNIT_SIZE)
-        store_int64(stream + UNIT, unit)
+        store_int64(stream, unit)
         position = load_int64(unit)
         place = load_int64(unit + PLACE)
-        for component in range(3):
-            store_int64(stream + 8 * component, 0)
     table = load_int64(place + 8)
     word = bits_at(position)
     entry = load_int32(table + (np.int64(word >> U(64 - PREFIX)) << 2))
     length, size = long_symbol(entry, word, table)
     word <<= U(length)
     value = signed(np.int64((word >> U(1)) >> U(63 - size)), size)
-    predictor = stream + load_int64(place + 24)
+    predictor = unit + load_int64(place + 24)
     value += load_int64(predictor)
     store_int64(predictor, value)
     coefs = load_int64(place)
@@ -845,7 +842,7 @@ def decode_units(streams, units, zigzag, waiting):
     180 us for a crop of 278 x 278.
     """
     one = streams
-    two = streams + STREAM_SIZE
+    two = streams + 8
     word1, position1, count1, table1, coefs1, place1 = next_block(one, units, 0, 0)
     word2, position2, count2, table2, coefs2, place2 = next_block(two, units, 0, 0)
     if place1 == DAMAGED or place2 == DAMAGED:
@@ -953,7 +950,7 @@ def lay_out_scratch(memory, max_bytes, max_width, max_height, max_area, res):
     mcus = max_width // 8 + 16
     filters = 4 * (4 * side + 16 * res + 64)
     sizes = (max_bytes + 64, max_bytes + 8192, 8 * num_starts, 8 * INFO_SIZE, 24 * PLANE_SIZE,
-             4 * TABLE, 4 * 256, 8 * 256, 64, 2 * STREAM_SIZE, UNIT_SIZE * (mcus + 8),
+             4 * TABLE, 4 * 256, 8 * 256, 64, 16, UNIT_SIZE * (mcus + 8),
              PLACE_SIZE * (6 * mcus + 1), GROUP * (6 * (mcus // 8 + 2) + 2), 2048, 3 * area,
              3 * area, 8 * side, filters, filters, 8 * res, 8 * res, out * side + 4096,
              out * side + 4096, 3 * out * out + 4096)
@@ -985,7 +982,7 @@ def store_place(at, coefs, dc_table, ac_table, predictor):
 
 @njit
 def list_places(info, first, last, col0, col1, scratch):
-    """Where the blocks of a row's MCUs first to last go; those left of col0 go into the trash.
+    """Where the blocks of a row's MCUs first to last go; those outside col0 to col1 into the trash.
 
     Returns the bytes of a row's coefficients: the groups of luma, of Cb, of Cr, and of trash.
     """
@@ -998,7 +995,7 @@ def list_places(info, first, last, col0, col1, scratch):
     store_int32(scratch.wait + 8, 1 << 16 | ESCAPE << 8)
     store_int32(scratch.wait + 12, 0)
     place = scratch.places
-    store_place(place, scratch.coefs + trash, scratch.wait + 8, scratch.wait + 12, 0)
+    store_place(place, scratch.coefs + trash, scratch.wait + 8, scratch.wait + 12, PREDICTORS)
     for column in range(first, last):
         for c in range(info[COMPONENTS]):
             for v in range(down if c == 0 else 1):
@@ -1009,11 +1006,12 @@ def list_places(info, first, last, col0, col1, scratch):
                         block = block * across + h
                         group = luma_groups * v
                     offset = (group + (block >> 3)) * GROUP + 2 * (block & 7)
-                    offset = offset if column >= col0 else trash
+                    offset = offset if col0 <= column < col1 else trash
                     place += PLACE_SIZE
                     dc_table = scratch.tables + TABLE * info[DC + c]
                     ac_table = scratch.tables + TABLE * info[AC + c]
-                    store_place(place, scratch.coefs + offset, dc_table, ac_table, 8 * c)
+                    store_place(place, scratch.coefs + offset, dc_table, ac_table,
+                                PREDICTORS + 8 * c)
     return trash + GROUP
 
 
@@ -1024,34 +1022,37 @@ def store_unit(at, first_bit, bit_low, bit_high, place, place_end):
     store_int64(at + BIT_HIGH, bit_high)
     store_int64(at + PLACE, place)
     store_int64(at + PLACE_END, place_end)
+    for c in range(3):
+        store_int64(at + PREDICTORS + 8 * c, 0)
 
 
 @njit
-def list_units(info, scratch, mcu, first, last):
-    """The units of a row's MCUs first to last, and their intervals' data without stuffing.
-
-    mcu: the number of the row's MCU `first`.
-    """
+def list_units(info, scratch, row, across, first, last):
+    """The units of a row's MCUs first to last, and their intervals' data without stuffing."""
     starts = int64s_at(scratch.starts, scratch.num_starts)
     k = info[INTERVAL]
     block_bytes = PLACE_SIZE * (info[H_SAMP] * info[V_SAMP] + info[COMPONENTS] - 1)
     places = scratch.places + PLACE_SIZE
     begin = scratch.units + 8  # behind the address of the next
     store_unit(begin, 0, 0, 0, 0, PLACE_SIZE)  # where streams begin: it ends at once
-    store_int64(scratch.streams + UNIT, begin)
-    store_int64(scratch.streams + STREAM_SIZE + UNIT, begin)
+    store_int64(scratch.streams, begin)
+    store_int64(scratch.streams + 8, begin)
     unit = begin + UNIT_SIZE
     store_int64(scratch.units, unit)
     clean = scratch.clean
-    for column in range(first, last, k):
-        number = (mcu + column - first) // k
-        n = unstuff(starts[number], starts[number + 1] - 2, clean)
-        end = 8 * (clean + n)
-        whole = column + k <= last  # then it ends within a byte
-        store_unit(unit, 8 * clean, end - 7 if whole else 0, end,
-                   places + block_bytes * (column - first),
-                   places + block_bytes * (min(column + k, last) - first))
-        clean += n
+    for column in range(first, last, k if k > 0 else last):
+        if k == 0 and row > 0:  # no markers: the one unit goes on where the row before ended
+            store_int64(unit, load_int64(unit + BIT_LAST))
+        else:
+            number = (row * across + column) // k if k > 0 else 0
+            n = unstuff(starts[number], starts[number + 1] - 2, clean)
+            end = 8 * (clean + n)
+            whole = 0 < k <= last - column  # then it ends within a byte
+            stop = min(column + k, last) if k > 0 else last
+            store_unit(unit, 8 * clean, end - 7 if whole else 0, end,
+                       places + block_bytes * (column - first),
+                       places + block_bytes * (stop - first))
+            clean += n
         unit += UNIT_SIZE
     for _ in range(2):  # for two streams to wait in
         store_unit(unit, 8 * scratch.wait, 0, 8 * scratch.wait + 64, scratch.places, 0)
@@ -1080,18 +1081,20 @@ def parse_sample(address, size, width, height, scratch):
     code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
     for k in range(256):
         store_int64(scratch.zigzag + 8 * k, 16 * ZIGZAG[k] if k < 64 else GROUP - 16)
-    if code != OK or info[WIDTH] != width or info[HEIGHT] != height or info[INTERVAL] == 0:
+    if code != OK or info[WIDTH] != width or info[HEIGHT] != height:
         return UNKNOWN
     across = (width + 8 * info[H_SAMP] - 1) // (8 * info[H_SAMP])
-    return UNKNOWN if across % info[INTERVAL] else OK
+    divided = info[INTERVAL] > 0 and across % info[INTERVAL] != 0  # an interval spans two rows
+    return UNKNOWN if divided else OK
 
 
 @njit
 def decode_box(address, size, width, height, x, y, w, h, scratch):
     """Decodes the MCUs that the box touches to Y, Cb, Cr planes; the header was read.
 
-    Fills the rows of scratch.plane. Only the restart intervals that the box touches are decoded.
-    Returns a code of REASONS. Reference: libjpeg-turbo's planes of the whole picture.
+    Fills the rows of scratch.plane. Only the restart intervals that the box touches are decoded;
+    without markers, all that lies before its end. Returns a code of REASONS. Reference:
+    libjpeg-turbo's planes of the whole picture.
     """
     info = int64s_at(scratch.info, INFO_SIZE)
     plane = planes_at(scratch.plane)
@@ -1103,8 +1106,10 @@ def decode_box(address, size, width, height, x, y, w, h, scratch):
     col0 = x // mcu_w
     col1 = (x + w + mcu_w - 1) // mcu_w
     k = info[INTERVAL]
-    first = col0 // k * k
-    needed = ((row1 - 1) * across + col1 + k - 1) // k
+    first_row = row0 if k > 0 else 0
+    first = col0 // k * k if k > 0 else 0
+    last = col1 if k > 0 else across
+    needed = ((row1 - 1) * across + col1 + k - 1) // k if k > 0 else 1
     starts = int64s_at(scratch.starts, scratch.num_starts)
     if find_intervals(address + size, info, starts, needed) != needed:
         return BROKEN
@@ -1119,13 +1124,14 @@ def decode_box(address, size, width, height, x, y, w, h, scratch):
         p[TOP] = row0 * mcu_h
         p[BY_GROUPS] = 1
         at += p[STRIDE] * (row1 - row0) * mcu_h // p[STEP_Y]
-    row_bytes = list_places(info, first, col1, col0, col1, scratch)
-    for row in range(row0, row1):
+    row_bytes = list_places(info, first, last, col0, col1, scratch)
+    for row in range(first_row, row1):
         memset(scratch.coefs, 0, row_bytes)
-        list_units(info, scratch, row * across + first, first, col1)
+        list_units(info, scratch, row, across, first, last)
         if decode_units(scratch.streams, scratch.units, scratch.zigzag, scratch.places) != OK:
             return BROKEN
-        row_to_planes(info, plane, row - row0, scratch)
+        if row >= row0:
+            row_to_planes(info, plane, row - row0, scratch)
     return OK
 
 

@@ -466,7 +466,7 @@ def memory_at(address, shape, dtype=np.uint8):
 
 @pytest.mark.parametrize("subsampling", [2, 0, 1, "gray"])
 @pytest.mark.parametrize("restart", [dict(restart_marker_blocks=1), dict(restart_marker_rows=1),
-                                     dict(restart_marker_blocks=2)])
+                                     dict(restart_marker_blocks=2), {}])
 def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
     """Random boxes, odd sizes, every sampling: within one level of libjpeg-turbo's full decode."""
     rng = np.random.default_rng(3)
