@@ -25,10 +25,13 @@ import time
 import warnings
 from pathlib import Path
 
+import llvmlite.binding as llvm
+import numba
 import numpy as np
 import pyarrow
 import pytest
 import torch
+from numba import typeof, types
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from pyarrow import parquet
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -598,6 +601,25 @@ def test_loader_stage_change_compiles_nothing(beton):
     loader.set_stage(res=96, scale=(0.5, 1.0))
     assert images.shape == (8, 3, 64, 64) and next(iter(loader))[0].shape == (8, 3, 96, 96)
     assert len(essl_loader.fill.signatures) == compiled
+
+
+def test_loader_kernels_compile_for_arm():
+    """LLVM makes aarch64 code, with that machine's vector instructions, of a sample's kernel."""
+    _, scratch = essl_loader.make_scratch(*np.array([[100], [10], [10]]), 32)
+    signature = (types.int64,) * 10 + (types.boolean, types.boolean, types.int64, typeof(scratch))
+    kernel = numba.njit(essl_loader.resized_crop.py_func)  # one from the cache has no LLVM code
+    kernel.compile(signature)
+    text = kernel.inspect_llvm(signature)
+    arm = "aarch64-unknown-linux-gnu"
+    for found, new in (('"target-(cpu|features)"="[^"]*"|target datalayout = .*', ""),
+                       ("target triple = .*", f'target triple = "{arm}"'),
+                       ("= tail call i8 @llvm.x86.*", "= add i8 0, 0")):  # numba's reference counts
+        text = re.sub(found, new, text)
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(arm).create_target_machine(cpu="neoverse-n1")
+    words = machine.emit_assembly(llvm.parse_assembly(text)).split()
+    assert {"smull2", "zip1", "tbl", "fmla", "frintx", "smax"} <= set(words)
 
 
 def test_loader_views_are_crops_of_one_sample(folder, beton):
