@@ -721,14 +721,23 @@ def find_intervals(size_end, info, starts, needed):
 
 @njit
 def unstuff(start, end, clean):
-    """Copies entropy-coded data without the zero that JPEG puts behind each 0xFF; the size."""
+    """Copies entropy-coded data without the zero that JPEG puts behind each 0xFF; the size.
+
+    Of 0xFF in a row all but the last are fill bytes.
+    """
     first = clean
     while start < end:
         found = memchr(start, 0xFF, end - start)
-        n = end - start if found == 0 else found - start + 1
+        n = end - start if found == 0 else found - start
         memcpy(clean, start, n)
         clean += n
-        start += n + 1
+        start += n
+        while start < end and load_byte(start) == 0xFF:
+            start += 1
+        if start < end:
+            store_byte(clean, 0xFF)
+            clean += 1
+            start += 1
     return clean - first
 
 
@@ -1166,26 +1175,26 @@ def count_taps(size, out, bicubic, step):
 
 
 @njit
-def filter_weights(box0, box1, out, bicubic, step, low, high, first, taps, filters, work):
+def filter_weights(begin, size, count, out, bicubic, step, first, taps, filters, work):
     """Filter coefficients for one axis, in 1/16384, for filter_rows.
 
-    Output i sums `taps` samples from first[i] on: Pillow's coefficients for the box in pixels. At
-    step 2 the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
-    upsampling and then the resize, in one. Samples outside low..high are not used. filters[i]: a
-    bias, and the weights, each int16 twice in an int32. work: memory for them as floats. Reference:
-    Pillow's resize; 3 us.
+    Output i sums `taps` of `count` samples from first[i] on: Pillow's coefficients for a box of
+    `size` pixels from `begin` on. At step 2 the samples are half-size chroma, and the weights are
+    those of libjpeg-turbo's triangle upsampling and then the resize, in one. filters[i]: a bias,
+    and the weights, each int16 twice in an int32. work: memory for them as floats. Reference:
+    Pillow's resize; 3 to 8 us.
     """
-    scale = (box1 - box0) / out
+    scale = size / out
     narrower = min(1.0 / scale, 1.0)
     support = (2.0 if bicubic else 1.0) / narrower
     values = work + 64  # of pixels; zeros before
     store_floats(values - 32, splat_float(F(0)))
     samples = values if step == 1 else work + 256 + 8 * taps
     for i in range(out):
-        center = box0 + (i + 0.5) * scale
-        start = max(box0, int(center - support + 0.5))
-        stop = min(box1, int(center + support + 0.5))
-        f = start if step == 1 else max(low, (start - 1) >> 1)
+        center = begin + (i + 0.5) * scale
+        start = max(begin, int(center - support + 0.5))
+        stop = min(begin + size, int(center + support + 0.5))
+        f = start if step == 1 else max(0, (start - 1) >> 1)
         store_int64(first + 8 * i, f)
         distance = F((start - center + 0.5) * narrower)
         total = splat_float(F(0))
@@ -1198,11 +1207,11 @@ def filter_weights(box0, box1, out, bicubic, step, low, high, first, taps, filte
         if step == 2:  # a pixel lies a quarter of a sample off its sample, towards its neighbour
             for s in range(f, f + taps):
                 at = values + 4 * (2 * s - start)
-                before = at - 4 if s > low else at
-                behind = at + 8 if s + 1 < high else at + 4
+                before = at - 4 if s > 0 else at
+                behind = at + 8 if s + 1 < count else at + 4
                 own = load_float(at) + load_float(at + 4)
                 others = load_float(before) + load_float(behind)
-                value = F(0.75) * own + F(0.25) * others if s < high else F(0)
+                value = F(0.75) * own + F(0.25) * others if s < count else F(0)
                 store_float(samples + 4 * (s - f), value)
         row = filters + 4 * i * (taps + 1)
         norm = splat_float(F(16384) / sum_lanes(total))
@@ -1269,34 +1278,32 @@ def resize_plane(plane, x, y, w, h, res, bicubic, flip, same, dst, scratch):
     stride = plane[STRIDE]
     left = x - plane[LEFT]
     top = y - plane[TOP]
-    right = left + w
-    bottom = top + h
     col0 = left // step_x
-    col1 = (right + step_x - 1) // step_x
+    cols = (left + w + step_x - 1) // step_x - col0
     row0 = top // step_y
-    row1 = (bottom + step_y - 1) // step_y
+    num_rows = (top + h + step_y - 1) // step_y - row0
     start = col0 // 64 * 64  # of a group
-    width = (col1 + 63) // 64 * 64 - start
+    width = (col0 + cols + 63) // 64 * 64 - start
     out = (res + 31) // 32 * 32
     rows = scratch.rows
     taps_x = count_taps(w, res, bicubic, step_x)
     taps_y = count_taps(h, res, bicubic, step_y)
     if not same:
-        filter_weights(left, right, res, bicubic, step_x, col0, col1, scratch.first_x, taps_x,
+        filter_weights(left - step_x * col0, w, cols, res, bicubic, step_x, scratch.first_x, taps_x,
                        scratch.filters_x, scratch.a)
-        filter_weights(top, bottom, res, bicubic, step_y, row0, row1, scratch.first_y, taps_y,
-                       scratch.filters_y, scratch.a)
-    for i in range(row0, row1):
-        store_int64(rows + 8 * i, plane[ADDRESS] + i * stride + start)
-    filter_rows(rows, row1 - 1, width, res, scratch.first_y, taps_y, scratch.filters_y, False,
+        filter_weights(top - step_y * row0, h, num_rows, res, bicubic, step_y, scratch.first_y,
+                       taps_y, scratch.filters_y, scratch.a)
+    for i in range(num_rows):
+        store_int64(rows + 8 * i, plane[ADDRESS] + (row0 + i) * stride + start)
+    filter_rows(rows, num_rows - 1, width, res, scratch.first_y, taps_y, scratch.filters_y, False,
                 scratch.a, width)
     transpose(scratch.a, width, res, width, scratch.b, out)
-    for i in range(col0, col1):
-        position = i - start
+    for i in range(cols):
+        position = col0 + i - start
         if plane[BY_GROUPS]:  # column c of block b at 8 * c + b
             position = (position & ~63) + 8 * (position & 7) + (position >> 3 & 7)
         store_int64(rows + 8 * i, scratch.b + position * out)
-    filter_rows(rows, col1 - 1, out, res, scratch.first_x, taps_x, scratch.filters_x, flip,
+    filter_rows(rows, cols - 1, out, res, scratch.first_x, taps_x, scratch.filters_x, flip,
                 scratch.a, out)
     transpose(scratch.a, out, res, out, dst, out)
 
@@ -1376,28 +1383,25 @@ def decode_rgb(address, size, width, height, scratch):
 
 
 @njit
-def open_sample(address, size, mode, width, height, scratch):
-    """(code of REASONS, whether it is a JPEG for decode_box, address of RGB if not)."""
-    if mode == 1:
-        return OK if size == 3 * width * height else OTHER_SIZE, False, address
-    if parse_sample(address, size, width, height, scratch) == OK:
-        return OK, True, address
-    return decode_rgb(address, size, width, height, scratch), False, scratch.planes
+def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
+    """The planes of a box of one stored sample: (code of REASONS, False if they are R, G, B)."""
+    if mode == 0 and parse_sample(address, size, width, height, scratch) == OK:
+        return decode_box(address, size, width, height, x, y, w, h, scratch), True
+    rgb = address
+    code = OK if size == 3 * width * height else OTHER_SIZE
+    if mode == 0:
+        rgb = scratch.planes
+        code = decode_rgb(address, size, width, height, scratch)
+    if code == OK:
+        split_rgb(rgb, width, x, y, w, h, scratch)
+    return code, False
 
 
 @njit
-def crop_opened(opened, size, width, height, x, y, w, h, res, bicubic, flip, to, scratch):
-    """One crop of what open_sample found, resized and flipped, to res * res * 3 bytes of RGB."""
-    code, is_jpeg, address = opened
+def write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch):
+    """A box of decoded planes, resized and flipped, to res * res * 3 bytes of RGB."""
     plane = planes_at(scratch.plane)
-    components = 3
-    if code == OK and is_jpeg:
-        code = decode_box(address, size, width, height, x, y, w, h, scratch)
-        components = int64s_at(scratch.info, INFO_SIZE)[COMPONENTS]
-    elif code == OK:
-        split_rgb(address, width, x, y, w, h, scratch)
-    if code != OK:
-        return code
+    components = int64s_at(scratch.info, INFO_SIZE)[COMPONENTS] if ycc else 3
     out = (res + 31) // 32 * 32
     for c in range(components):
         same = c > 0 and plane[c, STEP_X] == plane[c - 1, STEP_X]
@@ -1407,8 +1411,7 @@ def crop_opened(opened, size, width, height, x, y, w, h, res, bicubic, flip, to,
     if components == 1:
         memcpy(scratch.resized + out * out, scratch.resized, out * out)
         memcpy(scratch.resized + 2 * out * out, scratch.resized, out * out)
-    write_rgb(scratch.resized, res, is_jpeg and components == 3, to, scratch.a)
-    return OK
+    write_rgb(scratch.resized, res, ycc and components == 3, to, scratch.a)
 
 
 @njit(nogil=True, cache=True)
@@ -1417,8 +1420,10 @@ def resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic, f
 
     Returns a code of REASONS. Reference: Pillow's decode, crop, resize.
     """
-    opened = open_sample(address, size, mode, width, height, scratch)
-    return crop_opened(opened, size, width, height, x, y, w, h, res, bicubic, flip, to, scratch)
+    code, ycc = decode_sample(address, size, mode, width, height, x, y, w, h, scratch)
+    if code == OK:
+        write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch)
+    return code
 
 
 # What `fill` needs of an epoch. limit: batches before this one may be filled. Of each batch:
@@ -1444,26 +1449,43 @@ def read_sample(fd, to, size, offset):
 
 
 @njit
+def box_of(job, width, height, draw, view):
+    if job.train:
+        return random_box(width, height, job.scale, job.ratio, job.seed, job.epoch, draw, view)
+    return center_box(width, height, job.crop_ratio)
+
+
+@njit
 def fill_row(job, scratch, i, draw, address, view_stride):
-    """Sample i, with the crops and flips of a draw, to addresses in a batch: REASONS."""
+    """Sample i, with the crops and flips of a draw, to addresses in a batch: REASONS.
+
+    What all views need is decoded once: two crops overlap much.
+    """
     size = job.sizes[i]
     width = job.widths[i]
     height = job.heights[i]
     if not read_sample(job.fd, scratch.raw, size, job.ptrs[i]):
         return SHORT_READ
-    opened = open_sample(scratch.raw, size, job.modes[i], width, height, scratch)
+    left = width
+    top = height
+    right = 0
+    bottom = 0
     for view in range(job.views):
-        x, y, w, h = center_box(width, height, job.crop_ratio)
-        flip = False
-        if job.train:
-            x, y, w, h = random_box(width, height, job.scale, job.ratio, job.seed, job.epoch, draw,
-                                    view)
-            flip_draw = VIEW_DRAWS * view + FLIP_DRAW
-            flip = uniform(job.seed, job.epoch, draw, flip_draw) < job.hflip
-        code = crop_opened(opened, size, width, height, x, y, w, h, job.res, job.bicubic, flip,
-                           address + view * view_stride, scratch)
-        if code != OK:
-            return code
+        x, y, w, h = box_of(job, width, height, draw, view)
+        left = min(left, x)
+        top = min(top, y)
+        right = max(right, x + w)
+        bottom = max(bottom, y + h)
+    code, ycc = decode_sample(scratch.raw, size, job.modes[i], width, height, left, top,
+                              right - left, bottom - top, scratch)
+    if code != OK:
+        return code
+    for view in range(job.views):
+        x, y, w, h = box_of(job, width, height, draw, view)
+        flip_draw = uniform(job.seed, job.epoch, draw, VIEW_DRAWS * view + FLIP_DRAW)
+        flip = job.train and flip_draw < job.hflip
+        write_crop(ycc, x, y, w, h, job.res, job.bicubic, flip, address + view * view_stride,
+                   scratch)
     return OK
 
 
