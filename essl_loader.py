@@ -226,7 +226,7 @@ def load_and_store(kind, value_type, memory_type):
     return load, store
 
 
-load_int16, store_int16 = load_and_store(types.int64, I64, I16)
+_, store_int16 = load_and_store(types.int64, I64, I16)
 load_int32, store_int32 = load_and_store(types.int64, I64, I32)
 load_int64, store_int64 = load_and_store(types.int64, I64, I64)
 load_float, store_float = load_and_store(types.float32, ir.FloatType(), ir.FloatType())

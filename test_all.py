@@ -381,10 +381,10 @@ def jpegs_of_every_kind():
                "fine": {"quality": 100, "subsampling": 0}, "zrgb": {"keep_rgb": True},
                "comment": {"comment": b"hi", "icc_profile": bytes(200)}}
     for name in ("444", "422", "420", "gray", "fine"):  # as the loader's own decoder takes them
-        options[f"{name} in parts"] = options[name] | {"restart_marker_blocks": 1}
+        options[name + "parts"] = options[name] | {"restart_marker_blocks": 1}
     kinds = {"zlarge": jpeg_of(draw(rng, 90, 501))}
     for name, kind in options.items():
-        mode = {"gray": "L", "gray in parts": "L", "zcmyk": "CMYK"}.get(name, "RGB")
+        mode = {"gray": "L", "grayparts": "L", "zcmyk": "CMYK"}.get(name, "RGB")
         kinds[name] = jpeg_of(draw(rng, *rng.integers(60, 400, 2).tolist()).convert(mode), **kind)
     whole = kinds["progressive"]
     kinds["zunfinished"] = whole[:whole.rindex(b"\xff\xda")] + b"\xff\xd9"  # decoders smooth it
