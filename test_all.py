@@ -416,8 +416,11 @@ def test_build_lossless_keeps_pixels(tmp_path):
     batches = [next(iter(ESSLLoader(path, len(kept), res=64, seed=1, indices=range(len(kept)))))
                for path in (source, tmp_path / "x.beton")]
     for i, theirs, ours in zip(batches[0][1].tolist(), batches[0][0], batches[1][0]):
-        if sorted(kinds)[i] != "progressive":  # libjpeg-turbo decodes that one
-            assert torch.equal(ours, theirs), sorted(kinds)[i]
+        name = sorted(kinds)[i]
+        if name in ("progressive", "restarts", "adobe"):  # libjpeg-turbo decodes the source
+            assert (ours.float() - theirs.float()).abs().mean() < 1, name
+        else:
+            assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("who, number", [("worker", signal.SIGKILL), ("parent", signal.SIGTERM)])
