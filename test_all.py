@@ -417,7 +417,8 @@ def test_build_lossless_keeps_pixels(tmp_path):
                for path in (source, tmp_path / "x.beton")]
     for i, theirs, ours in zip(batches[0][1].tolist(), batches[0][0], batches[1][0]):
         name = sorted(kinds)[i]
-        if name in ("progressive", "restarts", "adobe"):  # libjpeg-turbo decodes the source
+        if name in ("progressive", "adobe") or b"\xff\xdd\0\4" in kinds[name]:
+            # libjpeg-turbo decodes the source: it is no baseline, or an interval spans two rows
             assert (ours.float() - theirs.float()).abs().mean() < 1, name
         else:
             assert torch.equal(ours, theirs), name
