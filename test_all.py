@@ -293,6 +293,25 @@ def test_build_labels_of_flat_sources(folder, tmp_path, kind):
     assert [picture.label for picture in pictures] == expected and classes == ["dark", "light"]
 
 
+def test_build_labels_of_the_devkit(tmp_path):
+    """The official archives: the ground truth's numbers are meta.mat's, not those of the names."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    synsets = np.zeros(3, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")])
+    synsets[:] = [(1, "n02", 0), (2, "n01", 0), (3, "n00", 2)]
+    savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("2\n1\n2\n")
+    with tarfile.open(tmp_path / "devkit.tar.gz", "w:gz") as tar:
+        for path in (tmp_path / "meta.mat", truth):
+            tar.add(path, f"devkit/data/{path.name}")
+    jpeg = jpeg_of(draw(np.random.default_rng(0), 40, 30))
+    members = [(f"ILSVRC2012_val_{i:08}.JPEG", jpeg) for i in (1, 2, 3)]
+    (tmp_path / "val.tar").write_bytes(tar_of(members))
+    labels = tmp_path / "devkit.tar.gz"
+    pictures, classes = build_beton.find_data(tmp_path / "val.tar", labels, None)
+    assert [picture.label for picture in pictures] == [0, 1, 0] and classes == ["n01", "n02"]
+
+
 def test_build_refuses_in_words(folder, tmp_path):
     """Bad input of any kind ends with code 2, one paragraph that names it, and no new file."""
     (tmp_path / "flat.tar").write_bytes(tar_of([item[1:] for item in items_of(folder)[0]]))
@@ -489,6 +508,9 @@ def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
         divides = -(-width // (8 * h)) % restart.get("restart_marker_blocks", 1) == 0
         shapes = [(-(-height // v) * v, -(-width // h) * h)]
         full = turbo(jpeg, shapes + [(-(-height // v), -(-width // h))] * (0 if gray else 2))
+        if number % 2:  # fill bytes (T.81, B.1.1.2) change nothing; libjpeg-turbo's reading varies
+            scan = jpeg.index(b"\xff\xda") + 2
+            jpeg = jpeg[:scan] + jpeg[scan:].replace(b"\xff", b"\xff\xff")
         sizes = np.array([[len(jpeg)], [width], [height]])
         memory, scratch = essl_loader.make_scratch(*sizes, 8)
         stored = ctypes.create_string_buffer(jpeg, len(jpeg))
@@ -514,21 +536,24 @@ def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
                 assert np.abs(off).max() <= 1, ((width, height), box, np.abs(off).max())
 
 
-def compare_with_pillow(loader, picture_of):
+def compare_with_pillow(loader, picture_of, view=0):
     """Mean difference in levels for each picture of an epoch, and the shift that explains it."""
     resample = Image.Resampling[loader.interpolation.upper()]
     positions = loader._positions()
-    images = torch.cat([images for images, _ in loader]).permute(0, 2, 3, 1).numpy()
+    images = torch.cat([images.view(loader.views, -1, *images.shape[-3:])[view]
+                        for images, _ in loader]).permute(0, 2, 3, 1).numpy()
     means = []
     shifts = []
     for row, p in zip(images, positions):
         picture = picture_of(p)
         if loader.train:
-            x, y, w, h = random_box(*picture.size, loader.scale, loader.ratio, loader.seed, 0, p)
+            x, y, w, h = random_box(*picture.size, loader.scale, loader.ratio, loader.seed, 0, p,
+                                    view)
         else:
             x, y, w, h = center_box(*picture.size, loader.crop_ratio)
         expected = picture.crop((x, y, x + w, y + h)).resize((loader.res, loader.res), resample)
-        if loader.train and uniform(loader.seed, 0, p, essl_loader.FLIP_DRAW) < loader.hflip:
+        flip_draw = essl_loader.FLIP_DRAW + essl_loader.VIEW_DRAWS * view
+        if loader.train and uniform(loader.seed, 0, p, flip_draw) < loader.hflip:
             expected = ImageOps.mirror(expected)
         expected = np.asarray(expected).astype(float)
         means.append(np.abs(row - expected).mean())
@@ -586,6 +611,16 @@ def test_loader_same_bytes_for_any_threads_and_after_resume(beton):
     assert torch.equal(both.flatten(0, 1), expected[3][0])
 
 
+def test_loader_keeps_buffers_but_no_held_batch(beton):
+    """A later epoch fills the memory of an earlier one, but never that of a batch that is held."""
+    loader = ESSLLoader(beton[0], 4, res=48)
+    held = next(iter(loader))[0]
+    before = held.clone()
+    places = [{images.data_ptr() for images, _ in loader} for _ in range(2)]
+    assert places[1] <= places[0] and held.data_ptr() not in places[0]
+    assert torch.equal(held, before)
+
+
 @pytest.mark.parametrize("train, world", [(True, 2), (False, 3)])
 def test_loader_ranks_partition_an_epoch(beton, train, world):
     """Ranks share an epoch without overlap; evaluation visits each sample once."""
@@ -634,6 +669,12 @@ def test_loader_views_are_crops_of_one_sample(folder, beton):
         assert all(images.shape == (2, len(y), 3, 48, 48) for images, y in two)
         assert same([(images[0], y) for images, y in two], one)
         assert not any(torch.equal(images[0], images[1]) for images, _ in two)
+    loader = ESSLLoader(beton[0], 16, res=48, num_workers=2, views=3)
+    for view in range(3):
+        loader.set_epoch(0)
+        means, _ = compare_with_pillow(loader, lambda p: Image.fromarray(loader.reader.image(p)),
+                                       view)
+        assert means.max() < 2
 
 
 @pytest.mark.parametrize("count", [20, soak(1000)])
