@@ -339,8 +339,10 @@ def magnitude(builder, a):
 
 @emits(FLOATS, FLOATS, types.float32, types.float32)
 def clamp(builder, a, low, high):
-    a = call_llvm(builder, "llvm.maxnum.v8f32", a, repeated(builder, low, FLOATS.ir_type))
-    return call_llvm(builder, "llvm.minnum.v8f32", a, repeated(builder, high, FLOATS.ir_type))
+    low = repeated(builder, low, FLOATS.ir_type)  # a comparison and a choice are one instruction
+    high = repeated(builder, high, FLOATS.ir_type)
+    a = builder.select(builder.fcmp_ordered(">", a, low), a, low)
+    return builder.select(builder.fcmp_ordered("<", a, high), a, high)
 
 
 @emits(types.float32, FLOATS)
@@ -391,15 +393,26 @@ def clamp_to_byte(builder, value):
     return value
 
 
+# pack_bytes leaves 32 samples in this order, which is what one instruction on x86 makes of them.
+PACKED = [16 * (i // 16) + 2 * (i % 8) + i // 8 % 2 for i in range(32)]
+
+
 @emits(WORDS, WORDS, WORDS)
 def pack_bytes(builder, even, odd):
-    """Even and odd samples in 1/64 level as int8, in alternating bytes."""
+    """Even and odd samples in 1/64 level as 32 int8, in the order of PACKED."""
     six = ir.Constant(WORDS.ir_type, [6] * 16)
-    low = builder.and_(clamp_to_byte(builder, builder.ashr(even, six)),
-                       ir.Constant(WORDS.ir_type, [255] * 16))
-    high = builder.shl(clamp_to_byte(builder, builder.ashr(odd, six)),
-                       ir.Constant(WORDS.ir_type, [8] * 16))
-    return builder.or_(low, high)
+    both = shuffle(builder, builder.ashr(even, six), builder.ashr(odd, six), range(32))
+    numbers = builder.trunc(clamp_to_byte(builder, both), BYTES)
+    lanes = [i // 8 % 2 * 16 + i // 16 * 8 + i % 8 for i in range(32)]
+    return builder.bitcast(shuffle(builder, numbers, numbers, lanes), WORDS.ir_type)
+
+
+@emits(WORDS, WORDS)
+def unpacked(builder, numbers):
+    """The 32 samples of pack_bytes in their own order."""
+    numbers = builder.bitcast(numbers, BYTES)
+    lanes = [PACKED.index(i) for i in range(32)]
+    return builder.bitcast(shuffle(builder, numbers, numbers, lanes), WORDS.ir_type)
 
 
 @emits(types.none, address_type, FLOATS, FLOATS, FLOATS, FLOATS)
@@ -429,7 +442,7 @@ def store_interleaved(builder, address, *planes):
 
 @emits(types.none, address_type, types.int64, address_type, types.int64)
 def transpose_16x32(builder, source, source_stride, target, target_stride):
-    """16 rows of 32 bytes at source become 32 rows of 16 at target."""
+    """16 rows of 32 bytes at source, in the order of PACKED, become 32 rows of 16 at target."""
     rows = []
     for _ in range(16):
         pointer = builder.inttoptr(source, BYTES.as_pointer())
@@ -440,11 +453,10 @@ def transpose_16x32(builder, source, source_stride, target, target_stride):
              for high in range(2)]
     for _ in range(4):
         rows = [shuffle(builder, rows[k // 2], rows[k // 2 + 8], lanes[k % 2]) for k in range(16)]
-    for half in range(2):
-        for row in rows:
-            value = shuffle(builder, row, row, range(16 * half, 16 * half + 16))
-            builder.store(value, builder.inttoptr(target, value.type.as_pointer()), align=1)
-            target = builder.add(target, target_stride)
+    for i in map(PACKED.index, range(32)):
+        value = shuffle(builder, rows[i % 16], rows[i % 16], range(i // 16 * 16, i // 16 * 16 + 16))
+        builder.store(value, builder.inttoptr(target, value.type.as_pointer()), align=1)
+        target = builder.add(target, target_stride)
 
 
 @njit
@@ -765,8 +777,15 @@ def next_symbol(word, count, table, coefs, zigzag):
     """Decodes a look-up's worth; count: coefficient's number << 8 | bits used since the refill."""
     entry = load_int32(table + (np.int64(word >> U(64 - PREFIX)) << 2))
     count += entry & 0xFFFF
-    store_int16(coefs + load_int64(zigzag + (count >> 8 << 3)), entry >> 16)
+    store_int16(coefs + load_int64(zigzag + ((count >> 8 & 255) << 3)), entry >> 16)
     return word << U(entry & 63), count, entry
+
+
+@njit(forceinline=True)
+def value_at_top(word, size):
+    """`signed` of a word's upper bits, without a branch that would be mispredicted half the time."""
+    negative = (np.int64(word) >> 63) + 1  # 1 or 0
+    return np.int64((word >> U(1)) >> U(63 - size)) - ((negative << size) - negative)
 
 
 @njit(forceinline=True)
@@ -801,7 +820,7 @@ def next_block(stream, units, position, place):
     entry = load_int32(table + (np.int64(word >> U(64 - PREFIX)) << 2))
     length, size = long_symbol(entry, word, table)
     word <<= U(length)
-    value = signed(np.int64((word >> U(1)) >> U(63 - size)), size)
+    value = value_at_top(word, size)
     predictor = unit + load_int64(place + 24)
     value += load_int64(predictor)
     store_int64(predictor, value)
@@ -828,7 +847,7 @@ def after_symbol(stream, units, zigzag, entry, position, count, table, coefs, pl
         if size == 0 and symbol != 0xF0:
             k = END_OF_BLOCK
         elif size > 0:
-            value = signed(np.int64((word << U(length)) >> U(64 - size)), size)
+            value = value_at_top(word << U(length), size)
             store_int16(coefs + load_int64(zigzag + 8 * k), value)
         if length == 0:
             k = 64
@@ -939,7 +958,7 @@ def inverse_dct(coefs, quants, work, to, stride):
 # lie as inverse_dct leaves them.
 Scratch = namedtuple("Scratch", (
     "raw clean starts info plane tables quants zigzag wait streams units places coefs work planes "
-    "split rows filters_x filters_y first_x first_y a b resized end num_starts"))
+    "split rows filters_x filters_y first_x first_y strip columns resized end num_starts"))
 ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, BY_GROUPS, PLANE_SIZE = range(8)
 
 
@@ -961,8 +980,8 @@ def lay_out_scratch(memory, max_bytes, max_width, max_height, max_area, res):
     sizes = (max_bytes + 64, max_bytes + 8192, 8 * num_starts, 8 * INFO_SIZE, 24 * PLANE_SIZE,
              4 * TABLE, 4 * 256, 8 * 256, 64, 16, UNIT_SIZE * (mcus + 8),
              PLACE_SIZE * (6 * mcus + 1), GROUP * (6 * (mcus // 8 + 2) + 2), 2048, 3 * area,
-             3 * area, 8 * side, filters, filters, 8 * res, 8 * res, out * side + 4096,
-             out * side + 4096, 3 * out * out + 4096)
+             3 * area, 8 * (5 * side + 64), filters, filters, 8 * res, 8 * res, 64 * out + filters,
+             3 * out * side + 4096, 3 * out * out + 4096)
     at = np.zeros(25, np.int64)
     at[0] = memory
     for i in range(24):
@@ -1174,9 +1193,18 @@ def count_taps(size, out, bicubic, step):
     return pixels if step == 1 else pixels // 2 + 3
 
 
+@njit(forceinline=True)
+def pixel_weights(pixels, center, narrower, count, bicubic):
+    """The filter's values at eight pixels; 0 where they are not within 0 and count."""
+    one = splat_float(F(1))
+    inside = clamp(pixels + one, F(0), F(1)) * clamp(splat_float(count) - pixels, F(0), F(1))
+    distances = magnitude(pixels - splat_float(center)) * splat_float(narrower)
+    return filter_values(distances, bicubic) * inside
+
+
 @njit
 def filter_weights(begin, size, count, out, bicubic, step, first, taps, filters, work):
-    """Filter coefficients for one axis, in 1/16384, for filter_rows.
+    """Filter coefficients for one axis, in 1/16384, for filter_and_transpose.
 
     Output i sums `taps` of `count` samples from first[i] on: Pillow's coefficients for a box of
     `size` pixels from `begin` on. At step 2 the samples are half-size chroma, and the weights are
@@ -1185,65 +1213,59 @@ def filter_weights(begin, size, count, out, bicubic, step, first, taps, filters,
     Pillow's resize; 3 to 8 us.
     """
     scale = size / out
-    narrower = min(1.0 / scale, 1.0)
-    support = (2.0 if bicubic else 1.0) / narrower
-    values = work + 64  # the filter's values at pixels; eight zeros lie before
-    store_floats(values - 32, splat_float(F(0)))
-    samples = values if step == 1 else work + 256 + 8 * taps
+    narrower = F(min(1.0 / scale, 1.0))
+    support = (2.0 if bicubic else 1.0) * max(scale, 1.0)
+    one = splat_float(F(1))
     for i in range(out):
         center = begin + (i + 0.5) * scale
         start = max(begin, int(center - support + 0.5))
         stop = min(begin + size, int(center + support + 0.5))
         f = start if step == 1 else max(0, (start - 1) >> 1)
         store_int64(first + 8 * i, f)
-        distance = F((start - center + 0.5) * narrower)
+        of_pixel = (F(center - start - 0.5), narrower, F(stop - start), bicubic)
         total = splat_float(F(0))
-        for t in range(0, step * taps + 4, 8):
-            d = magnitude(ramp(distance + F(narrower) * F(t), F(narrower)))
-            inside = clamp(ramp(F(stop - start - t), F(-1)), F(0), F(1))
-            v = filter_values(d, bicubic) * inside
-            store_floats(values + 4 * t, v)
+        for t in range(0, taps, 8):
+            pixels = ramp(F(step * (f + t) - start), F(step))
+            v = pixel_weights(pixels, *of_pixel)
+            if step == 2:  # a pixel lies a quarter of a sample off its sample, towards the next
+                v += pixel_weights(pixels + one, *of_pixel)
+                before = clamp(pixels - one, F(-start), F(1e9))  # at an end the sample itself
+                behind = clamp(pixels + one + one, F(-1e9), F(2 * count - 1 - start))
+                others = pixel_weights(before, *of_pixel) + pixel_weights(behind, *of_pixel)
+                v = splat_float(F(0.75)) * v + splat_float(F(0.25)) * others
+                v = v * clamp(ramp(F(count - f - t), F(-1)), F(0), F(1))
+            store_floats(work + 4 * t, v)
             total += v
-        if step == 2:  # a pixel lies a quarter of a sample off its sample, towards its neighbour
-            for s in range(f, f + taps):
-                at = values + 4 * (2 * s - start)
-                before = at - 4 if s > 0 else at
-                behind = at + 8 if s + 1 < count else at + 4
-                own = load_float(at) + load_float(at + 4)
-                others = load_float(before) + load_float(behind)
-                value = F(0.75) * own + F(0.25) * others if s < count else F(0)
-                store_float(samples + 4 * (s - f), value)
         row = filters + 4 * i * (taps + 1)
         norm = splat_float(F(16384) / sum_lanes(total))
         for t in range(0, taps, 8):
-            store_pairs(row + 4 + 4 * t, load_floats(samples + 4 * t) * norm)
-        # filter_rows works in 1/64 level; each product is rounded down, by half of that on average
+            store_pairs(row + 4 + 4 * t, load_floats(work + 4 * t) * norm)
+        # Sums are in 1/64 level, and each product is rounded down: by half of that on average
         used = (stop - start) // step + step - 1
         store_int32(row, (32 + used // 2) * 0x10001)
 
 
 @njit
-def filter_rows(rows, last, width, out, first, taps, filters, flip, dst, dst_stride):
-    """Row i of dst = sum over t of filters[i, t] * the row at address rows[first[i] + t].
+def filter_and_transpose(rows, width, out, first, taps, filters, flip, dst, dst_stride, strip):
+    """dst[x, i] = sum over t of filters[i, t] * sample x of the row at address rows[first[i] + t].
 
-    int8 samples, 64 at a time: width is rounded up to 32. Bytes above a zero byte are samples << 8,
-    so the high half of their product with a weight of 1/16384 is in 1/64 level. rows[last] is the
-    last. Reference: the same sum in float; 6 us for 224 rows of 256 samples and four taps.
+    int8 samples; width is a multiple of 32. Strips of 64 columns, so that what is transposed is
+    still near: memory for 64 * out at strip. Bytes above a zero byte are samples << 8, so the high
+    half of their product with a weight of 1/16384 is in 1/64 level. Reference: the same sum in
+    float; 9 us for 224 rows of 256 samples and four taps.
     """
     eight = splat_word(8)
     upper = splat_word(-256)
-    for i in range(out):
-        to = dst + (out - 1 - i if flip else i) * dst_stride
-        f = load_int64(first + 8 * i)
-        weights = filters + 4 * i * (taps + 1)
-        n = min(taps, last + 1 - f)
-        for x in range(0, width, 64):
+    for x in range(0, width, 64):
+        for i in range(out):
+            row = rows + 8 * load_int64(first + 8 * i)
+            weights = filters + 4 * i * (taps + 1)
             even1 = splat_pair(weights)
             odd1 = even1
             even2 = even1
             odd2 = even1
-            for t in range(n):
-                at = load_int64(rows + 8 * (f + t)) + x
+            for t in range(taps):
+                at = load_int64(row + 8 * t) + x
                 weight = splat_pair(weights + 4 + 4 * t)
                 v = load_words(at)
                 even1 += multiply_high(v << eight, weight)
@@ -1251,33 +1273,27 @@ def filter_rows(rows, last, width, out, first, taps, filters, flip, dst, dst_str
                 v = load_words(at + 32)
                 even2 += multiply_high(v << eight, weight)
                 odd2 += multiply_high(v & upper, weight)
-            store_words(to + x, pack_bytes(even1, odd1))
-            if x + 32 < width:
-                store_words(to + x + 32, pack_bytes(even2, odd2))
+            to = strip + 64 * (out - 1 - i if flip else i)
+            store_words(to, pack_bytes(even1, odd1))
+            store_words(to + 32, pack_bytes(even2, odd2))
+        for i in range(0, out, 16):
+            for j in range(0, min(64, width - x), 32):
+                transpose_16x32(strip + 64 * i + j, 64, dst + (x + j) * dst_stride + i, dst_stride)
 
 
 @njit
-def transpose(source, source_stride, rows, cols, target, target_stride):
-    """target[x, y] = source[y, x] for bytes; rows are rounded up to 16 and cols to 32."""
-    for i in range(0, rows, 16):
-        for j in range(0, cols, 32):
-            transpose_16x32(source + i * source_stride + j, source_stride,
-                            target + j * target_stride + i, target_stride)
+def resize_planes(planes, x, y, w, h, res, bicubic, flip, dst, scratch):
+    """Resizes the box (full-size pixels) of planes of one layout to res x res int8 samples at dst.
 
-
-@njit
-def resize_plane(plane, x, y, w, h, res, bicubic, flip, same, dst, scratch):
-    """Resizes the box (full-size pixels) of one plane to res x res int8 samples at dst.
-
-    dst's stride is res rounded up to 32. Columns are filtered first, then rows, as columns of a
-    transpose. The order of a plane's columns is undone where their addresses are listed. same: the
-    plane lies as the one before, whose weights are still there.
+    dst's stride is res rounded up to 32. Rows are filtered first, plane by plane, into columns side
+    by side; then these, of all planes at once. The order of a plane's columns is undone where their
+    addresses are listed.
     """
-    step_x = plane[STEP_X]
-    step_y = plane[STEP_Y]
-    stride = plane[STRIDE]
-    left = x - plane[LEFT]
-    top = y - plane[TOP]
+    p = planes[0]
+    step_x = p[STEP_X]
+    step_y = p[STEP_Y]
+    left = x - p[LEFT]
+    top = y - p[TOP]
     col0 = left // step_x
     cols = (left + w + step_x - 1) // step_x - col0
     row0 = top // step_y
@@ -1285,27 +1301,27 @@ def resize_plane(plane, x, y, w, h, res, bicubic, flip, same, dst, scratch):
     start = col0 // 64 * 64  # of a group
     width = (col0 + cols + 63) // 64 * 64 - start
     out = (res + 31) // 32 * 32
+    stride = len(planes) * out
     rows = scratch.rows
     taps_x = count_taps(w, res, bicubic, step_x)
     taps_y = count_taps(h, res, bicubic, step_y)
-    if not same:
-        filter_weights(left - step_x * col0, w, cols, res, bicubic, step_x, scratch.first_x, taps_x,
-                       scratch.filters_x, scratch.a)
-        filter_weights(top - step_y * row0, h, num_rows, res, bicubic, step_y, scratch.first_y,
-                       taps_y, scratch.filters_y, scratch.a)
-    for i in range(num_rows):
-        store_int64(rows + 8 * i, plane[ADDRESS] + (row0 + i) * stride + start)
-    filter_rows(rows, num_rows - 1, width, res, scratch.first_y, taps_y, scratch.filters_y, False,
-                scratch.a, width)
-    transpose(scratch.a, width, res, width, scratch.b, out)
-    for i in range(cols):
-        position = col0 + i - start
-        if plane[BY_GROUPS]:  # column c of block b at 8 * c + b
+    filter_weights(left - step_x * col0, w, cols, res, bicubic, step_x, scratch.first_x, taps_x,
+                   scratch.filters_x, scratch.strip)
+    filter_weights(top - step_y * row0, h, num_rows, res, bicubic, step_y, scratch.first_y, taps_y,
+                   scratch.filters_y, scratch.strip)
+    for c in range(len(planes)):
+        for i in range(num_rows + taps_y):
+            row = row0 + min(i, num_rows - 1)
+            store_int64(rows + 8 * i, planes[c, ADDRESS] + row * p[STRIDE] + start)
+        filter_and_transpose(rows, width, res, scratch.first_y, taps_y, scratch.filters_y, False,
+                             scratch.columns + c * out, stride, scratch.strip)
+    for i in range(cols + taps_x):
+        position = col0 + min(i, cols - 1) - start
+        if p[BY_GROUPS]:  # column c of block b at 8 * c + b
             position = (position & ~63) + 8 * (position & 7) + (position >> 3 & 7)
-        store_int64(rows + 8 * i, scratch.b + position * out)
-    filter_rows(rows, cols - 1, out, res, scratch.first_x, taps_x, scratch.filters_x, flip,
-                scratch.a, out)
-    transpose(scratch.a, out, res, out, dst, out)
+        store_int64(rows + 8 * i, scratch.columns + position * stride)
+    filter_and_transpose(rows, stride, res, scratch.first_x, taps_x, scratch.filters_x, flip, dst,
+                         out, scratch.strip)
 
 
 @njit(forceinline=True)
@@ -1335,9 +1351,9 @@ def write_rgb(resized, res, ycc, to, spare):
             if ycc:
                 even = rgb_parts(p0 << eight, p1 << eight, p2 << eight)
                 odd = rgb_parts(p0 & upper, p1 & upper, p2 & upper)
-                p0 = pack_bytes(even[0], odd[0])
-                p1 = pack_bytes(even[1], odd[1])
-                p2 = pack_bytes(even[2], odd[2])
+                p0 = unpacked(pack_bytes(even[0], odd[0]))
+                p1 = unpacked(pack_bytes(even[1], odd[1]))
+                p2 = unpacked(pack_bytes(even[2], odd[2]))
             pixels = to + 3 * (y * res + x)
             whole = x + 32 <= res
             store_interleaved(pixels if whole else spare, p0 ^ sign, p1 ^ sign, p2 ^ sign)
@@ -1403,15 +1419,15 @@ def write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch):
     plane = planes_at(scratch.plane)
     components = int64s_at(scratch.info, INFO_SIZE)[COMPONENTS] if ycc else 3
     out = (res + 31) // 32 * 32
-    for c in range(components):
-        same = c > 0 and plane[c, STEP_X] == plane[c - 1, STEP_X]
-        same = same and plane[c, STEP_Y] == plane[c - 1, STEP_Y]
-        resize_plane(plane[c], x, y, w, h, res, bicubic, flip, same,
-                     scratch.resized + c * out * out, scratch)
+    first = 1 if plane[1, STEP_X] * plane[1, STEP_Y] > 1 else components  # chroma is smaller
+    resize_planes(plane[:first], x, y, w, h, res, bicubic, flip, scratch.resized, scratch)
+    if first < components:
+        resize_planes(plane[first:], x, y, w, h, res, bicubic, flip, scratch.resized + out * out,
+                      scratch)
     if components == 1:
         memcpy(scratch.resized + out * out, scratch.resized, out * out)
         memcpy(scratch.resized + 2 * out * out, scratch.resized, out * out)
-    write_rgb(scratch.resized, res, ycc and components == 3, to, scratch.a)
+    write_rgb(scratch.resized, res, ycc and components == 3, to, scratch.strip)
 
 
 @njit(nogil=True, cache=True)
