@@ -1215,8 +1215,8 @@ def filter_values(d, bicubic):
 @njit
 def count_taps(size, out, bicubic, step):
     """The most samples that one output of filter_weights is made of."""
-    pixels = int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0))) + 1
-    return pixels if step == 1 else pixels // 2 + 3
+    pixels = int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0)))
+    return pixels if step == 1 else pixels // 2 + 2
 
 
 @njit(forceinline=True)
