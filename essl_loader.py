@@ -5,13 +5,10 @@
     for images, labels in loader:   # uint8 (B, 3, 224, 224) in channels_last, int64 (B,)
         ...
 
-    python essl_loader.py data/train_500_95.beton   # prints what is in a file
-
 Needs numpy, numba, torch and libturbojpeg (`pip install turbojpeg`, or Debian's libturbojpeg0).
 The kernels compile once, 20 seconds, into numba's cache beside this file. Reads top to bottom:
 format, C library, kernels (draws, JPEG, resize, sample), reader, order, loaders, FFCV's operation.
 """
-import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -2301,34 +2298,3 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
             decode.is_parallel = True
             return decode
     return CropDecoder()
-
-
-# --- what is in a file
-def describe(path):
-    """Prints the samples, classes, sizes and settings of a .beton file."""
-    reader = BetonReader(path)
-    n = reader.num_samples
-    jpegs = int((reader.modes == 0).sum())
-    names = reader.classes or []
-    print(f"{path}: {reader.size / 1e6:,.1f} MB in pages of {reader.page_size:,} bytes")
-    print(f"samples   {n:,}: {jpegs:,} JPEG, {n - jpegs:,} raw; {len(reader.excluded):,} excluded")
-    print(f"classes   {len(names)}: {', '.join(names[:10]) or 'no names'}; labels "
-          f"{reader.labels.min()} to {reader.labels.max()}")
-    for name in ("widths", "heights", "sizes"):
-        low, middle, high = np.quantile(getattr(reader, name), (0, 0.5, 1)).astype(int)
-        print(f"{name:9} {low:,} to {high:,}, median {middle:,}")
-    for key, value in reader.settings.items():
-        print(f"setting   {key} = {value}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Prints what is in a .beton file.")
-    parser.add_argument("file", help="the .beton file")
-    try:
-        describe(parser.parse_args().file)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"essl_loader: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
