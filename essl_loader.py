@@ -409,14 +409,6 @@ def pack_bytes(builder, even, odd):
     return builder.bitcast(shuffle(builder, numbers, numbers, lanes), WORDS.ir_type)
 
 
-@emits(WORDS, WORDS)
-def unpacked(builder, numbers):
-    """The 32 samples of pack_bytes in their own order."""
-    numbers = builder.bitcast(numbers, BYTES)
-    lanes = [PACKED.index(i) for i in range(32)]
-    return builder.bitcast(shuffle(builder, numbers, numbers, lanes), WORDS.ir_type)
-
-
 @emits(types.none, address_type, FLOATS, FLOATS, FLOATS, FLOATS)
 def store_rounded(builder, address, a, b, c, d):
     """Stores four vectors of eight float32 as 32 int8, rounded and saturated."""
@@ -980,7 +972,7 @@ def inverse_dct(coefs, quants, work, to, stride):
 # lie as inverse_dct leaves them.
 Scratch = namedtuple("Scratch", (
     "raw clean starts info plane tables quants zigzag wait streams units places coefs work planes "
-    "split rows filters_x filters_y first_x first_y strip columns resized end num_starts"))
+    "split rows_axis luma_axis chroma_axis strip luma chroma resized end num_starts"))
 ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, BY_GROUPS, PLANE_SIZE = range(8)
 
 
@@ -999,19 +991,19 @@ def lay_out_scratch(memory, max_bytes, max_width, max_height, max_area, res):
     num_starts = max_area // 64 + max_width + max_height + 64
     mcus = max_width // 8 + 16
     most_taps = 4 * side // res + 8
-    filters = 4 * (res + 8) * most_taps
+    axis = 8 * (side + most_taps) + 4 * (res + 8) * (most_taps + 1)  # see Axis
     sizes = (max_bytes + 64, max_bytes + 8192, 8 * num_starts, 8 * INFO_SIZE, 24 * PLANE_SIZE,
              4 * TABLE, 4 * 256, 8 * 256, 64, 16, UNIT_SIZE * (mcus + 8),
              PLACE_SIZE * (6 * mcus + 1), GROUP * (6 * (mcus // 8 + 2) + 2), 2048, 3 * area,
-             3 * area, 8 * (5 * side + 64), filters, filters, 8 * res, 8 * res,
-             64 * out + 32 * most_taps, 3 * out * side + 4096, 3 * out * out + 4096)
-    at = np.zeros(25, np.int64)
+             3 * area, axis, axis, axis, 192 * out + 32 * most_taps, out * side + 4096,
+             2 * out * side + 4096, 3 * out * out + 4096)
+    at = np.zeros(24, np.int64)
     at[0] = memory
-    for i in range(24):
+    for i in range(23):
         at[i + 1] = at[i] + (sizes[i] + 63) // 64 * 64
     return Scratch(at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10],
                    at[11], at[12], at[13], at[14], at[15], at[16], at[17], at[18], at[19], at[20],
-                   at[21], at[22], at[23], at[24], num_starts)
+                   at[21], at[22], at[23], num_starts)
 
 
 def make_scratch(sizes, widths, heights, res):
@@ -1209,11 +1201,13 @@ def filter_values(d, bicubic):
     return near_value + far_value * far + splat_float(F(2))
 
 
-@njit
-def count_taps(size, out, bicubic, step):
-    """The most samples that one output of filter_weights is made of."""
-    pixels = int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0)))
-    return pixels if step == 1 else pixels // 2 + 2
+@njit(forceinline=True)
+def pixel_weights(pixels, centers, low, high, narrower, bicubic):
+    """The filter's values at eight pixels, each for its output; 0 outside of low to high."""
+    one = splat_float(F(1))
+    inside = clamp(pixels - splat_float(low) + one, F(0), F(1))
+    inside = inside * clamp(splat_float(high) - pixels + one, F(0), F(1))
+    return filter_values(magnitude(pixels - centers) * splat_float(narrower), bicubic) * inside
 
 
 @njit(forceinline=True)
@@ -1233,13 +1227,12 @@ def rounding_bias(size, out, bicubic, step):
 
 
 @njit
-def filter_weights(begin, size, count, out, bicubic, step, first, taps, filters, work):
-    """Filter coefficients for one axis, in 1/16384, for filter_and_transpose.
+def filter_weights(begin, size, count, out, bicubic, step, first, weights, taps, work):
+    """Filter coefficients for one axis, in 1/16384: see Axis.
 
-    Output i sums `taps` of `count` samples from first[i] on: Pillow's coefficients for a box of
-    `size` pixels from `begin` on. At step 2 the samples are half-size chroma, and the weights are
-    those of libjpeg-turbo's triangle upsampling and then the resize, in one. Eight outputs at a
-    time: filters[i // 8, t, i % 8], int16 twice in an int32. work: memory for them as floats.
+    Pillow's for a box of `size` pixels from `begin` on, of an axis of `count` samples. At step 2
+    the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
+    upsampling and then the resize, in one. work: memory for eight outputs' weights as floats.
     Reference: Pillow's resize; 1 us.
     """
     scale = size / out
@@ -1275,53 +1268,72 @@ def filter_weights(begin, size, count, out, bicubic, step, first, taps, filters,
             total += v
         norm = splat_float(F(16384)) / total
         for t in range(taps):
-            store_pairs(filters + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
+            store_pairs(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
+
+
+# One axis of a resize. Output i is the sum over t of weight (i, t) * the row at address
+# rows[first[i] + t], for t below taps. rows: int64, as many more as there are taps; first: int32;
+# weights: [i // 8, t, i % 8], each int16 twice in an int32. bias: what rounds the sum.
+Axis = namedtuple("Axis", ("rows", "first", "weights", "taps", "bias"))
 
 
 @njit
-def filter_and_transpose(rows, width, out, first, taps, filters, bias, flip, dst, dst_stride,
-                         strip):
-    """dst[x, i] = sum over t of the weight (i, t) * sample x of the row at rows[first[i] + t].
+def make_axis(begin, size, count, out, bicubic, step, half, memory, work):
+    """An Axis but for its rows. half: 32, half of a level, if the sums become levels, else 0."""
+    pixels = int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0)))
+    taps = pixels if step == 1 else pixels // 2 + 2
+    first = memory + 8 * (count + taps)
+    weights = first + 4 * (out + 8)
+    filter_weights(begin, size, count, out, bicubic, step, first, weights, taps, work)
+    # Sums are in 1/64 level, and each product is rounded down: by half of that on average
+    products = pixels // step + step - 1
+    return Axis(memory, first, weights, taps, half + products // 2)
 
-    int8 samples; width is a multiple of 32. Strips of 64 columns, so that what is transposed is
-    still near: memory for 64 * out at strip. Bytes above a zero byte are samples << 8, so the high
-    half of their product with a weight of 1/16384 is in 1/64 level. bias: what rounds their sum.
-    Reference: the same sum in float; 9 us for 224 rows of 256 samples and four taps.
+
+@njit(forceinline=True)
+def weighted_sum(axis, i, at):
+    """Output i of an axis at 64 places from `at` on: two vectors of even, two of odd places.
+
+    int16 in 1/64 level. Bytes above a zero byte are samples << 8, so the high half of their product
+    with a weight of 1/16384 is in 1/64 level. Reference: the same sum in float.
     """
+    row = axis.rows + 8 * load_int32(axis.first + 4 * i)
+    weights = axis.weights + 4 * ((i & -8) * axis.taps + (i & 7))
     eight = splat_word(8)
     upper = splat_word(-256)
-    for x in range(0, width, 64):
-        for i in range(out):
-            row = rows + 8 * load_int32(first + 4 * i)
-            weights = filters + 4 * ((i & -8) * taps + (i & 7))
-            even1 = splat_word(bias)
-            odd1 = even1
-            even2 = even1
-            odd2 = even1
-            for t in range(taps):
-                at = load_int64(row + 8 * t) + x
-                weight = splat_pair(weights + 32 * t)
-                v = load_words(at)
-                even1 += multiply_high(v << eight, weight)
-                odd1 += multiply_high(v & upper, weight)
-                v = load_words(at + 32)
-                even2 += multiply_high(v << eight, weight)
-                odd2 += multiply_high(v & upper, weight)
-            to = strip + 64 * (out - 1 - i if flip else i)
-            store_words(to, pack_bytes(even1, odd1))
-            store_words(to + 32, pack_bytes(even2, odd2))
-        for i in range(0, out, 16):
-            for j in range(0, min(64, width - x), 32):
-                transpose_16x32(strip + 64 * i + j, 64, dst + (x + j) * dst_stride + i, dst_stride)
+    even1 = splat_word(axis.bias)
+    even2 = even1
+    odd1 = even1
+    odd2 = even1
+    for t in range(axis.taps):
+        source = load_int64(row + 8 * t) + at
+        weight = splat_pair(weights + 32 * t)
+        v = load_words(source)
+        even1 += multiply_high(v << eight, weight)
+        odd1 += multiply_high(v & upper, weight)
+        v = load_words(source + 32)
+        even2 += multiply_high(v << eight, weight)
+        odd2 += multiply_high(v & upper, weight)
+    return even1, even2, odd1, odd2
 
 
 @njit
-def resize_planes(planes, x, y, w, h, res, bicubic, flip, dst, scratch):
-    """Resizes the box (full-size pixels) of planes of one layout to res x res int8 samples at dst.
+def transpose_strip(strip, rows, cols, to, stride):
+    """Of a strip, rows of 64 bytes as pack_bytes leaves them, `cols` columns become rows at `to`.
 
-    dst's stride is res rounded up to 32. Rows are filtered first, plane by plane, into columns side
-    by side; then these, of all planes at once. The order of a plane's columns is undone where their
-    addresses are listed.
+    Rows are rounded up to 16. Strips are transposed while they are still in the nearest cache.
+    """
+    for i in range(0, rows, 16):
+        for j in range(0, min(64, cols), 32):
+            transpose_16x32(strip + 64 * i + j, 64, to + j * stride + i, stride)
+
+
+@njit
+def resize_rows(planes, x, y, w, h, res, bicubic, half, axis_memory, to, scratch):
+    """Resizes the box (full-size pixels) of planes of one layout along y; the Axis that is left.
+
+    int8 samples, transposed: a column of res rounded up to 32 for each plane, side by side, for
+    each column of the planes. The order of these is undone by the addresses in the Axis.
     """
     p = planes[0]
     step_x = p[STEP_X]
@@ -1333,67 +1345,81 @@ def resize_planes(planes, x, y, w, h, res, bicubic, flip, dst, scratch):
     row0 = top // step_y
     num_rows = (top + h + step_y - 1) // step_y - row0
     start = col0 // 64 * 64  # of a group
-    width = (col0 + cols + 63) // 64 * 64 - start
     out = (res + 31) // 32 * 32
     stride = len(planes) * out
-    rows = scratch.rows
-    taps_x = count_taps(w, res, bicubic, step_x)
-    taps_y = count_taps(h, res, bicubic, step_y)
-    filter_weights(left - step_x * col0, w, cols, res, bicubic, step_x, scratch.first_x, taps_x,
-                   scratch.filters_x, scratch.strip)
-    filter_weights(top - step_y * row0, h, num_rows, res, bicubic, step_y, scratch.first_y, taps_y,
-                   scratch.filters_y, scratch.strip)
+    axis = make_axis(top - step_y * row0, h, num_rows, res, bicubic, step_y, 32, scratch.rows_axis,
+                     scratch.strip)
     for c in range(len(planes)):
-        for i in range(num_rows + taps_y):
+        for i in range(num_rows + axis.taps):
             row = row0 + min(i, num_rows - 1)
-            store_int64(rows + 8 * i, planes[c, ADDRESS] + row * p[STRIDE] + start)
-        filter_and_transpose(rows, width, res, scratch.first_y, taps_y, scratch.filters_y,
-                             rounding_bias(h, res, bicubic, step_y), False,
-                             scratch.columns + c * out, stride, scratch.strip)
-    for i in range(cols + taps_x):
+            store_int64(axis.rows + 8 * i, planes[c, ADDRESS] + row * p[STRIDE] + start)
+        for at in range(0, col0 + cols - start, 64):
+            for i in range(res):
+                even1, even2, odd1, odd2 = weighted_sum(axis, i, at)
+                store_words(scratch.strip + 64 * i, pack_bytes(even1, odd1))
+                store_words(scratch.strip + 64 * i + 32, pack_bytes(even2, odd2))
+            transpose_strip(scratch.strip, res, 64, to + at * stride + c * out, stride)
+    axis = make_axis(left - step_x * col0, w, cols, res, bicubic, step_x, half, axis_memory,
+                     scratch.strip)
+    for i in range(cols + axis.taps):
         position = col0 + min(i, cols - 1) - start
         if p[BY_GROUPS]:  # column c of block b at 8 * c + b
             position = (position & ~63) + 8 * (position & 7) + (position >> 3 & 7)
-        store_int64(rows + 8 * i, scratch.columns + position * stride)
-    filter_and_transpose(rows, stride, res, scratch.first_x, taps_x, scratch.filters_x,
-                         rounding_bias(w, res, bicubic, step_x), flip, dst, out, scratch.strip)
+        store_int64(axis.rows + 8 * i, to + position * stride)
+    return axis
 
 
 @njit(forceinline=True)
 def rgb_parts(luma, cb, cr):
-    """R, G, B in 1/64 level of int16 samples << 8: ITU-T T.871, section 7."""
-    luma = (luma >> splat_word(2)) + splat_word(32)  # half a level, to round
-    r = luma + multiply_high(cr, splat_word(22970))  # 1.402 * 16384
-    g = (luma - multiply_high(cb, splat_word(5638))  # 0.344136
-         - multiply_high(cr, splat_word(11700)))  # 0.714136
-    b = luma + multiply_high(cb, splat_word(29032))  # 1.772
+    """R, G, B of int16 in 1/64 level: ITU-T T.871, section 7."""
+    one = splat_word(1)
+    r = luma + cr + multiply_high(cr << one, splat_word(13173))  # 1.402 = 1 + 13173 / 32768
+    g = (luma - multiply_high(cb << one, splat_word(11277))  # 0.344136
+         - multiply_high(cr << one, splat_word(23401)))  # 0.714136
+    b = luma + cb + multiply_high(cb << one, splat_word(25297))  # 1.772
     return r, g, b
 
 
+@njit(forceinline=True)
+def store_pixels(at, size, ycc, even0, odd0, even1, odd1, even2, odd2):
+    """32 samples of each of three strips of `size` bytes, as R, G and B if they are YCbCr."""
+    if ycc:
+        even0, even1, even2 = rgb_parts(even0, even1, even2)
+        odd0, odd1, odd2 = rgb_parts(odd0, odd1, odd2)
+    store_words(at, pack_bytes(even0, odd0))
+    store_words(at + size, pack_bytes(even1, odd1))
+    store_words(at + 2 * size, pack_bytes(even2, odd2))
+
+
 @njit
-def write_rgb(resized, res, ycc, to, spare):
-    """Writes three resized planes as interleaved RGB. ycc: from YCbCr; reference: T.871; 15 us."""
-    stride = (res + 31) // 32 * 32
-    size = stride * stride
-    eight = splat_word(8)
-    upper = splat_word(-256)
+def resize_columns(luma, chroma, components, ycc, res, flip, to, scratch):
+    """Resizes along x what resize_rows left of all planes, to interleaved RGB: T.871; 30 us."""
+    out = (res + 31) // 32 * 32
+    plane = out * out
+    for y in range(0, out, 64):
+        for i in range(res):
+            a = weighted_sum(luma, i, y)
+            b = a
+            c = a
+            if components == 3:
+                b = weighted_sum(chroma, i, y)
+                c = weighted_sum(chroma, i, y + out)
+            at = scratch.strip + 64 * (res - 1 - i if flip else i)
+            store_pixels(at, 64 * out, ycc, a[0], a[2], b[0], b[2], c[0], c[2])
+            store_pixels(at + 32, 64 * out, ycc, a[1], a[3], b[1], b[3], c[1], c[3])
+        for k in range(3):
+            transpose_strip(scratch.strip + 64 * out * k, res, out - y,
+                            scratch.resized + plane * k + out * y, out)
     sign = splat_word(-32640)  # 0x8080: from int8 to a byte
     for y in range(res):
         for x in range(0, res, 32):
-            p0 = load_words(resized + y * stride + x)
-            p1 = load_words(resized + size + y * stride + x)
-            p2 = load_words(resized + 2 * size + y * stride + x)
-            if ycc:
-                even = rgb_parts(p0 << eight, p1 << eight, p2 << eight)
-                odd = rgb_parts(p0 & upper, p1 & upper, p2 & upper)
-                p0 = unpacked(pack_bytes(even[0], odd[0]))
-                p1 = unpacked(pack_bytes(even[1], odd[1]))
-                p2 = unpacked(pack_bytes(even[2], odd[2]))
+            at = scratch.resized + out * y + x
             pixels = to + 3 * (y * res + x)
             whole = x + 32 <= res
-            store_interleaved(pixels if whole else spare, p0 ^ sign, p1 ^ sign, p2 ^ sign)
+            store_interleaved(pixels if whole else scratch.strip, load_words(at) ^ sign,
+                              load_words(at + plane) ^ sign, load_words(at + 2 * plane) ^ sign)
             if not whole:
-                memcpy(pixels, spare, 3 * (res - x))
+                memcpy(pixels, scratch.strip, 3 * (res - x))
 
 
 # --- kernels: one sample, and the loop that every thread runs
@@ -1453,16 +1479,14 @@ def write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch):
     """A box of decoded planes, resized and flipped, to res * res * 3 bytes of RGB."""
     plane = planes_at(scratch.plane)
     components = int64s_at(scratch.info, INFO_SIZE)[COMPONENTS] if ycc else 3
-    out = (res + 31) // 32 * 32
-    first = 1 if plane[1, STEP_X] * plane[1, STEP_Y] > 1 else components  # chroma is smaller
-    resize_planes(plane[:first], x, y, w, h, res, bicubic, flip, scratch.resized, scratch)
-    if first < components:
-        resize_planes(plane[first:], x, y, w, h, res, bicubic, flip, scratch.resized + out * out,
-                      scratch)
-    if components == 1:
-        memcpy(scratch.resized + out * out, scratch.resized, out * out)
-        memcpy(scratch.resized + 2 * out * out, scratch.resized, out * out)
-    write_rgb(scratch.resized, res, ycc and components == 3, to, scratch.strip)
+    ycc = ycc and components == 3
+    luma = resize_rows(plane[:1], x, y, w, h, res, bicubic, 32, scratch.luma_axis, scratch.luma,
+                       scratch)
+    chroma = luma
+    if components == 3:
+        chroma = resize_rows(plane[1:], x, y, w, h, res, bicubic, 0 if ycc else 32,
+                             scratch.chroma_axis, scratch.chroma, scratch)
+    resize_columns(luma, chroma, components, ycc, res, flip, to, scratch)
 
 
 @njit(nogil=True, cache=True)
