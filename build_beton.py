@@ -3,7 +3,7 @@
     python build_beton.py --data-dir imagenet/train --out data/train_500_95.beton
     python build_beton.py --data-dir ILSVRC2012_img_train.tar --out data/train.beton --lossless
     python build_beton.py --data-dir ILSVRC2012_img_val.tar --labels LOC_val_solution.csv \\
-        --classes data/train.json --out data/val_500_100.beton --quality 100
+        --classes data/train.beton --out data/val_500_100.beton --quality 100
     python build_beton.py --demo              # draws data/demo_train.beton and data/demo_val.beton
     python build_beton.py --verify data/train.beton --exclude-bad
 
@@ -32,16 +32,15 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageOps
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from essl_loader import ALLOC, FIELD, HEADER, SAMPLE, BetonReader, load_turbojpeg, tables_checksum
+from essl_loader import ALLOC, FIELD, HEADER, SAMPLE, BetonReader, bind, tables_checksum
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 RESAMPLING = {"turbojpeg": Image.Resampling.BOX, "pil": Image.Resampling.BICUBIC}
-load_library = functools.cache(load_turbojpeg)  # of version 3: libjpeg-turbo 2 has no tj3 calls
 
 
 def get_args(argv=None):
@@ -56,10 +55,9 @@ def get_args(argv=None):
     add("--out", type=Path, help="the .beton to write; a .json with the class names goes beside it")
     add("--out-dir", type=Path, default=Path("data"), help="folder for --demo (default: data)")
     add("--labels", type=Path, metavar="FILE",
-        help="labels of pictures without class folders: the devkit .tar.gz, Kaggle's "
-             "LOC_val_solution.csv, or any text file with a line for each picture: its file name, "
-             "a comma or a space, its class")
-    add("--classes", type=Path, metavar="FILE", help="number classes as in the .json of this build")
+        help="labels of pictures without class folders: the devkit .tar.gz, or lines of a file "
+             "name, a comma or a space, and its class, as in Kaggle's LOC_val_solution.csv")
+    add("--classes", type=Path, metavar="FILE", help="number classes as this .beton does")
     add("--lossless", action="store_true", help="keep JPEGs within --max-resolution as they are")
     add("--max-resolution", type=int, default=500, help="longest side in pixels (default: 500)")
     add("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default: 95)")
@@ -110,50 +108,41 @@ def find_in_tar(file, path, start=0, folder=""):
 
 
 def find_in_parquet(path):
-    """(pictures, class names if Hugging Face's metadata have them) of a parquet file."""
+    """The pictures of a parquet file."""
     file = parquet.ParquetFile(path)
-    schema = file.schema_arrow
-    if not {"image", "label"} <= set(schema.names):
-        raise ValueError(f"expected columns image and label, found {', '.join(schema.names)}")
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
-    names = metadata.get("info", {}).get("features", {}).get("label", {}).get("names")
-    named = dict(enumerate(names or []))
+    names = file.schema_arrow.names
+    if not {"image", "label"} <= set(names):
+        raise ValueError(f"expected columns image and label, found {', '.join(names)}")
     pictures = []
     for group in range(file.num_row_groups):
         labels = file.read_row_group(group, ["label"])["label"].to_pylist()
-        for row, label in enumerate(labels):
-            name = f"row {row} of group {group}"
-            pictures.append(Picture(str(path), name, group, row, named.get(label, label)))
-    return pictures, names
+        pictures += [Picture(str(path), f"row {row} of group {group}", group, row, label)
+                     for row, label in enumerate(labels)]
+    return pictures
 
 
 def find_pictures(source):
-    """(pictures, class names if known) of --data-dir. Labels: numbers, names of class folders."""
+    """The pictures of --data-dir. Labels: numbers, or names of class folders."""
     files = [source] if source.is_file() else sorted(source.iterdir())
     packed = [path for path in files if path.suffix in (".tar", ".parquet")]
     pictures = []
-    classes = None
     for path in packed:
         try:
             if path.suffix == ".parquet":
-                found, classes = find_in_parquet(path)
+                pictures += find_in_parquet(path)
             else:
                 with open(path, "rb") as file:
-                    found = find_in_tar(file, path)
+                    pictures += find_in_tar(file, path)
         except Exception as error:  # pyarrow raises anything on a damaged file
             raise ValueError(f"{path}: {error}. Is it complete, and not compressed?") from error
-        pictures += found
     if not packed:
         names = glob.glob("**", root_dir=source, recursive=True, include_hidden=True)
         pictures = [Picture(str(source), name, 0, -1, None)
                     for name in names if name.lower().endswith(PICTURES)]
-        empty = {f.name for f in files if f.is_dir()} - {p.name.split("/")[0] for p in pictures}
-        if empty:
-            raise ValueError(f"{source / min(empty)} holds no picture: remove it.")
     if not pictures:
         raise ValueError(f"{source} holds no picture ({' '.join(PICTURES)}), .tar or .parquet.")
     if len(packed) > 1 or any(picture.label is not None for picture in pictures):
-        return pictures, classes
+        return pictures
     # Class folders in ImageFolder's order. A tar's may all lie in ILSVRC/Data/CLS-LOC/train.
     folders = [os.path.dirname(picture.name) for picture in pictures]
     top = os.path.commonpath(folders) if packed else ""
@@ -161,7 +150,7 @@ def find_pictures(source):
     if not any(labels):  # a flat source is one class
         labels = [os.path.basename(top) or source.resolve().name] * len(labels)
     pictures = [p._replace(label=label) for p, label in zip(pictures, labels) if label]
-    return sorted(pictures, key=lambda p: (p.label, os.path.split(p.name))), None
+    return sorted(pictures, key=lambda p: (p.label, os.path.split(p.name)))
 
 
 def read_devkit(path):
@@ -177,30 +166,24 @@ def read_devkit(path):
 
 def find_data(source, labels_file, classes_file):
     """(pictures with labels 0 to C - 1, C class names) of --data-dir. ValueError if it is bad."""
-    pictures, classes = find_pictures(source)
+    pictures = find_pictures(source)
     if labels_file:
         if labels_file.name.endswith(".tar.gz"):
             label_of = read_devkit(labels_file)
         else:
             lines = labels_file.read_text(errors="replace").splitlines()
             rows = [re.split("[, ]", line) for line in lines]  # Kaggle's have boxes behind
-            label_of = {Path(row[0]).stem: row[1] for row in rows if row[1:]}
-        labels = [label_of.get(Path(picture.name).stem) for picture in pictures]
-        if all(label and label.isdigit() for label in labels):
-            labels = [int(label) for label in labels]
-        pictures = [p._replace(label=label) for p, label in zip(pictures, labels)]
-    if classes_file:
-        path = classes_file.with_suffix(".json")
-        try:
-            classes = list(json.loads(path.read_text())["classes"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} has no class names of a .beton: {error}.") from error
+            label_of = {Path(row[0]).stem: int(row[1]) if row[1].isdigit() else row[1]
+                        for row in rows if row[1:]}
+        pictures = [p._replace(label=label_of.get(Path(p.name).stem)) for p in pictures]
     labels = {picture.label for picture in pictures}
-    if not classes and all(isinstance(label, int) for label in labels):
+    if classes_file:
+        classes = BetonReader(classes_file.with_suffix(".beton")).classes
+    elif all(isinstance(label, int) for label in labels):
         classes = [str(number) for number in range(min(max(labels), 99_999) + 1)]
-    classes = classes or sorted(label for label in labels if isinstance(label, str))
-    number_of = {number: number for number in range(len(classes))}
-    number_of.update((name, number) for number, name in enumerate(classes))
+    else:
+        classes = sorted(label for label in labels if isinstance(label, str))
+    number_of = {label: i for i, name in enumerate(classes) for label in (i, name)}
     for path, name, _, _, label in pictures:
         if label not in number_of:
             raise ValueError(f"{path}/{name} has the label {label!r}, none of the {len(classes):,} "
@@ -227,46 +210,25 @@ def read_source(picture):
         return file.read(size)
 
 
-def to_rgb(picture):
-    """An opened picture, upright, in RGB; drops alpha and later frames, as ImageFolder does."""
-    picture.load()
-    with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF; pixels are good
-        ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
-        raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it to 8 bits")
-    return picture.convert("RGB")
-
-
-SHAPES = {  # z: (h, w) positions in the complex plane, the shape about 1 in radius
-    "disc": lambda z: abs(z) < 0.9,
-    "ring": lambda z: abs(abs(z) - 0.75) < 0.25,
-    "square": lambda z: np.maximum(abs(z.real), abs(z.imag)) < 0.8,
-    "cross": lambda z: ((np.minimum(abs(z.real), abs(z.imag)) < 0.3)
-                        & (np.maximum(abs(z.real), abs(z.imag)) < 1)),
-    "triangle": lambda z: np.max([(z * np.exp(2j * np.pi * k / 3)).imag for k in range(3)],
-                                 axis=0) < 0.55}
 COLOURS = {"red": (220, 50, 40), "yellow": (230, 200, 50), "green": (60, 180, 70),
-           "blue": (50, 100, 225), "purple": (170, 70, 200)}
-# Five plain and five striped classes: each shape and each colour occurs once among either.
-DEMO_CLASSES = [f"{list(COLOURS)[(k + 2 * (k // 5)) % 5]}_{list(SHAPES)[k % 5]}" for k in range(10)]
+           "blue": (50, 100, 225)}
+SIDES = {"triangle": 3, "square": 4, "disc": 60}
+DEMO_CLASSES = [f"{colour}_{shape}" for colour in COLOURS for shape in SIDES]
 
 
 def draw_picture(split, index):
-    """A large shape of class index % 10 on shaded ground, 96 to 160 pixels a side."""
+    """A large shape of class index % 12 on shaded ground, 96 to 160 pixels a side."""
     rng = np.random.default_rng((split, index))
-    label = index % len(DEMO_CLASSES)
-    colour, shape = DEMO_CLASSES[label].split("_")
-    w, h = 2 * rng.integers(96, 161, 2)  # drawn at twice the size, for smooth edges
+    colour, shape = DEMO_CLASSES[index % len(DEMO_CLASSES)].split("_")
+    w, h = (2 * rng.integers(96, 161, 2)).tolist()  # drawn at twice the size, for smooth edges
+    shade = Image.linear_gradient("L").rotate(rng.uniform(0, 360)).crop((40, 40, 216, 216))
+    dark, light = rng.integers((30, 140), (100, 220), (3, 2)).T.tolist()
+    picture = ImageOps.colorize(shade.resize((w, h)), dark, light)
     radius = min(w, h) * rng.uniform(0.32, 0.45)
-    z = (np.arange(w) - w / 2 + 1j * (np.arange(h)[:, None] - h / 2)) / radius  # (h, w)
-    light, lines, tilt = np.exp(2j * np.pi * rng.uniform([0, 0, -0.04], [1, 1, 0.04]))  # directions
-    shade = np.clip((z * light).real / 4 + 0.5, 0, 1)[..., None]  # (h, w, 1)
-    pixels = rng.uniform(30, 100, 3) * (1 - shade) + rng.uniform(140, 220, 3) * shade  # (h, w, 3)
-    fill = COLOURS[colour] + rng.uniform(-25, 25, 3)
-    stripes = np.where(np.sin((z * lines).real * 11) > 0, 1, 0.4 if label >= 5 else 1)  # (h, w)
-    inside = SHAPES[shape]((z + complex(*rng.uniform(-0.1, 0.1, 2))) * tilt)
-    pixels[inside] = fill * stripes[inside, None]
-    return Image.fromarray(pixels.astype(np.uint8)).reduce(2)
+    x, y = (np.array([w, h]) / 2 + radius * rng.uniform(-0.1, 0.1, 2)).tolist()
+    fill = tuple((COLOURS[colour] + rng.integers(-25, 26, 3)).tolist())
+    ImageDraw.Draw(picture).regular_polygon((x, y, radius), SIDES[shape], rng.uniform(-15, 15), fill)
+    return picture.reduce(2)
 
 
 # --- encoding, in the worker processes
@@ -296,7 +258,7 @@ def keep_jpeg(data, picture, longest):
     mcu = 8 * max(layer[1] for layer in picture.layer) if len(picture.layer) > 1 else 8  # pixels
     # Near 64 pixels: shorter intervals cost file size (24: 2 %), longer ones speed (168: 5 %).
     interval = min(divisors(-(-picture.width // mcu)), key=lambda k: max(k * mcu, 4096 / (k * mcu)))
-    lib = load_library()
+    lib = bind()
     lib.tj3Init.restype = ctypes.c_void_p
     lib.tj3GetErrorStr.restype = ctypes.c_char_p
     handle = ctypes.c_void_p(lib.tj3Init(2))  # a new one each time: a fault leaves it unusable
@@ -312,9 +274,8 @@ def keep_jpeg(data, picture, longest):
         fields[70] = interval
         return 0
 
-    small = max(picture.size) <= longest
-    address = ctypes.cast(set_interval, ctypes.c_void_p).value if small else 0
-    options = 64 + 256 if small else 16  # TJXOPT_COPYNONE + TJXOPT_OPTIMIZE, or TJXOPT_NOOUTPUT
+    address = ctypes.cast(set_interval, ctypes.c_void_p).value
+    options = 64 + 256  # TJXOPT_COPYNONE + TJXOPT_OPTIMIZE
     transform = np.array([((0,) * 4, 0, options, 0, address)], "4i4, i4, i4, u8, u8")  # tjtransform
     buffer = ctypes.c_void_p()
     size = ctypes.c_size_t()
@@ -322,13 +283,13 @@ def keep_jpeg(data, picture, longest):
     failed = lib.tj3Transform(handle, data, ctypes.c_size_t(len(data)), 1, ctypes.byref(buffer),
                               ctypes.byref(size), ctypes.c_void_p(transform.ctypes.data))
     jpeg = ctypes.string_at(buffer, size.value)
-    keep = small and fields[20] in (1, 3)  # JCS_GRAYSCALE, JCS_YCbCr
+    keep = max(picture.size) <= longest and fields[20] in (1, 3)  # JCS_GRAYSCALE, JCS_YCbCr
     error = lib.tj3GetErrorStr(handle).decode()
     lib.tj3Free(buffer)
     lib.tj3Destroy(handle)
     if failed:
         raise ValueError(error)
-    with contextlib.suppress(Exception):  # as in to_rgb, which turns it
+    with contextlib.suppress(Exception):  # a turned one is turned upright and re-encoded
         keep = keep and picture.getexif().get(0x0112, 1) not in range(2, 9)
     if keep and "progressive" in picture.info:  # decoders smooth over scans that are missing
         keep = Image.open(io.BytesIO(jpeg)).tobytes() == picture.tobytes()
@@ -350,11 +311,16 @@ def encode_sample(settings, job):
         else:
             data = read_source(job)
             picture = Image.open(io.BytesIO(data))
-            if "lossless" in settings and data[:2] == b"\xff\xd8":  # a JPEG
+            if settings["lossless"] and data[:2] == b"\xff\xd8":  # a JPEG
                 jpeg = keep_jpeg(data, picture, longest)
                 if jpeg:
                     return seal(jpeg), *picture.size, True
-            picture = to_rgb(picture)
+            picture.load()
+            with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
+                ImageOps.exif_transpose(picture, in_place=True)
+            if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
+                raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
+            picture = picture.convert("RGB")  # drops alpha and later frames, as ImageFolder does
         if max(picture.size) > longest:
             size = [max(1, round(side * longest / max(picture.size))) for side in picture.size]
             picture = picture.resize(size, RESAMPLING[settings["codec"]])
@@ -397,7 +363,7 @@ def write_beton(out, pictures, classes, settings, args):
     alloc = np.zeros(len(pictures), ALLOC)
     end = HEADER.itemsize + 2 * FIELD.itemsize + samples.nbytes
     n = 0
-    kept = 0
+    kept = 0  # as they were
     bad = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(out) as file:
@@ -435,9 +401,9 @@ def write_beton(out, pictures, classes, settings, args):
         with write_aside(out.with_suffix(".json")) as sidecar_file:
             sidecar_file.write(json.dumps(sidecar, indent=1).encode())
     seconds = time.monotonic() - t0
-    lossless = f"{kept:,} kept, {n - kept:,} re-encoded, " if args.lossless else ""
     print(f"{out}: {n:,} images, {len(classes)} classes, {out.stat().st_size / 1e6:,.1f} MB, "
-          f"{lossless}{len(bad):,} left out, {seconds:.1f} s ({n / seconds:,.0f} images/s)")
+          f"{kept:,} kept, {n - kept:,} re-encoded, {len(bad):,} left out, {seconds:.1f} s "
+          f"({n / seconds:,.0f} images/s)")
 
 
 # --- verification
@@ -477,11 +443,9 @@ def main(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C: workers just end
     warnings.simplefilter("ignore")  # Pillow's, on EXIF and palettes that it can live with
     settings = {"essl": 1, "max_resolution": args.max_resolution, "quality": args.quality,
-                "chroma": args.chroma, "codec": args.codec, "restart": 1}
-    if args.lossless:
-        settings["lossless"] = True
+                "chroma": args.chroma, "codec": args.codec, "lossless": args.lossless}
     try:
-        if args.lossless and not hasattr(load_library(), "tj3Transform"):
+        if args.lossless and not hasattr(bind(), "tj3Transform"):
             raise ImportError("--lossless needs libjpeg-turbo 3: `pip install turbojpeg`.")
         if args.verify:
             verify(args.verify, args.exclude_bad, args.num_workers)
@@ -492,8 +456,8 @@ def main(args):
             write_beton(args.out, pictures, classes, settings, args)
         else:
             for split, (name, size) in enumerate((("train", 1000), ("val", 200))):
-                pictures = [Picture("demo", str(i), split, i, i % 10)
-                            for i in range(size)[:args.limit or size]]
+                pictures = [Picture("demo", str(i), split, i, i % len(DEMO_CLASSES))
+                            for i in range(args.limit or size)]
                 out = args.out_dir / f"demo_{name}.beton"
                 write_beton(out, pictures, DEMO_CLASSES, settings, args)
     except (ValueError, FileNotFoundError, NotADirectoryError, ImportError) as error:

@@ -239,11 +239,9 @@ def tar_of(members):
 
 
 def parquet_of(members, label=0):
-    """The bytes of a parquet file as Hugging Face writes it, of classes dark and light."""
-    features = {"info": {"features": {"label": {"names": ["dark", "light"]}}}}
+    """The bytes of a parquet file as Hugging Face writes it."""
     table = pyarrow.table({"image": [{"bytes": data, "path": name} for name, data in members],
                            "label": [label] * len(members)})
-    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
     out = io.BytesIO()
     parquet.write_table(table, out, row_group_size=3)
     return out.getvalue()
@@ -273,7 +271,7 @@ def test_build_sources_give_the_same_file(folder, tmp_path, kind):
                 (source / f"{i}.parquet").write_bytes(parquet_of(half, i))
             else:
                 (source / f"{i}.tar").write_bytes(tar_of(half + labels))
-    words = ["--classes", folder / "val.beton"] if kind == "shards" else []
+    words = ["--classes", folder / "val.beton"] if kind in ("shards", "parquet") else []
     built("--data-dir", source, "--out", tmp_path / "x.beton", "--num_workers", 3, *words)
     assert (tmp_path / "x.beton").read_bytes() == (folder / "val.beton").read_bytes()
     assert BetonReader(tmp_path / "x.beton").classes == ["dark", "light"]
@@ -320,9 +318,9 @@ def test_build_refuses_in_words(folder, tmp_path):
     (tmp_path / "empty/dog").mkdir(parents=True)
     before = sorted(tmp_path.iterdir())
     for source, words, named in (
-            ("cut.tar", [], "cut.tar"), ("empty", [], "empty/dog"), ("missing", [], "missing"),
-            ("flat.tar", ["--labels", tmp_path / "two.txt"], "two.txt"),
-            (folder / "val", ["--classes", tmp_path / "two.txt"], "two.json")):
+            ("cut.tar", [], "cut.tar"), ("empty", [], "empty holds no picture"),
+            ("missing", [], "missing"), ("flat.tar", ["--labels", tmp_path / "two.txt"], "two.txt"),
+            (folder / "val", ["--classes", tmp_path / "two.txt"], "two.beton")):
         words = ["--data-dir", tmp_path / source, "--out", tmp_path / "x.beton", *words]
         errors = built(*words, code=2)
         assert named in errors and errors.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
