@@ -11,7 +11,7 @@ SOURCE is a folder of class folders or of pictures; a .tar of either, or the off
 tars; a WebDataset .tar, a .parquet or a folder of these. Nothing is unpacked.
 
 --demo takes 10 s on two EPYC cores. Exit code 2: the input is bad; 1: anything else. Last line:
-data/train.beton: 320 images, 5 classes, 23.8 MB, 0 left out, 3.4 s (95 images/s)
+val.beton: 320 images, 5 classes, 23.8 MB, 0 kept, 320 re-encoded, 0 left out, 3.4 s (95 images/s)
 """
 import argparse
 import contextlib
@@ -211,13 +211,13 @@ def read_source(picture):
 
 
 COLOURS = {"red": (220, 50, 40), "yellow": (230, 200, 50), "green": (60, 180, 70),
-           "blue": (50, 100, 225)}
-SIDES = {"triangle": 3, "square": 4, "disc": 60}
+           "blue": (50, 100, 225), "purple": (170, 70, 200)}
+SIDES = {"triangle": 3, "disc": 60}
 DEMO_CLASSES = [f"{colour}_{shape}" for colour in COLOURS for shape in SIDES]
 
 
 def draw_picture(split, index):
-    """A large shape of class index % 12 on shaded ground, 96 to 160 pixels a side."""
+    """A large shape of class index % 10 on shaded ground, 96 to 160 pixels a side."""
     rng = np.random.default_rng((split, index))
     colour, shape = DEMO_CLASSES[index % len(DEMO_CLASSES)].split("_")
     w, h = (2 * rng.integers(96, 161, 2)).tolist()  # drawn at twice the size, for smooth edges

@@ -187,7 +187,6 @@ I64 = ir.IntType(64)
 BYTES = ir.VectorType(I8, 32)
 WORDS = Vector(I16, 16)
 FLOATS = Vector(ir.FloatType(), 8)
-address_type = types.intp
 
 
 def emits(result, *arguments, function=None):
@@ -208,61 +207,50 @@ def emits(result, *arguments, function=None):
     return register
 
 
-def load_and_store(kind, value_type, memory_type):
-    """Two functions for kernels: load a value at an address, aligned or not, and store it there."""
-    @emits(kind, address_type)
+def load_and_store(kind, memory_type, extend="sext"):
+    """Two functions for kernels: load a value at an address, aligned or not, and store it there.
+
+    Shorter integers than int64 are extended and cut.
+    """
+    same = kind != types.int64 or memory_type == I64
+
+    @emits(kind, types.intp)
     def load(builder, address):
         value = builder.load(builder.inttoptr(address, memory_type.as_pointer()), align=1)
-        return value if memory_type == value_type else builder.sext(value, value_type)
+        return value if same else getattr(builder, extend)(value, I64)
 
-    @emits(types.none, address_type, kind)
+    @emits(types.none, types.intp, kind)
     def store(builder, address, value):
-        if memory_type != value_type:
-            value = builder.trunc(value, memory_type)
+        value = value if same else builder.trunc(value, memory_type)
         builder.store(value, builder.inttoptr(address, memory_type.as_pointer()), align=1)
     return load, store
 
 
-_, store_int16 = load_and_store(types.int64, I64, I16)
-load_int32, store_int32 = load_and_store(types.int64, I64, I32)
-load_int64, store_int64 = load_and_store(types.int64, I64, I64)
-load_float, store_float = load_and_store(types.float32, ir.FloatType(), ir.FloatType())
-load_floats, store_floats = load_and_store(FLOATS, FLOATS.ir_type, FLOATS.ir_type)
-load_words, store_words = load_and_store(WORDS, WORDS.ir_type, WORDS.ir_type)
+load_byte, store_byte = load_and_store(types.int64, I8, "zext")
+_, store_int16 = load_and_store(types.int64, I16)
+load_int32, store_int32 = load_and_store(types.int64, I32)
+load_int64, store_int64 = load_and_store(types.int64, I64)
+load_float, store_float = load_and_store(types.float32, ir.FloatType())
+load_floats, store_floats = load_and_store(FLOATS, FLOATS.ir_type)
+load_words, store_words = load_and_store(WORDS, WORDS.ir_type)
 
 
-@emits(types.int64, address_type)
-def load_byte(builder, address):
-    return builder.zext(builder.load(builder.inttoptr(address, I8.as_pointer())), I64)
-
-
-@emits(types.none, address_type, types.int64)
-def store_byte(builder, address, value):
-    builder.store(builder.trunc(value, I8), builder.inttoptr(address, I8.as_pointer()))
-
-
-@emits(types.uint64, address_type)
+@emits(types.uint64, types.intp)
 def load_big_endian(builder, address):
     """The eight bytes at an address, aligned or not, as a big-endian number."""
     word = builder.load(builder.inttoptr(address, I64.as_pointer()), align=1)
     return builder.bswap(word)  # the resize needs a little-endian machine too
 
 
-@emits(types.voidptr, address_type)
+@emits(types.voidptr, types.intp)
 def as_pointer(builder, address):
     return builder.inttoptr(address, I8.as_pointer())
 
 
-@emits(types.int64, address_type, types.int64)
+@emits(types.int64, types.intp, types.int64)
 def atomic_add(builder, address, value):
-    """Adds to the int64 at an address; returns what was there."""
+    """Adds to the int64 at an address, after all that was stored before; returns what was there."""
     return builder.atomic_rmw("add", builder.inttoptr(address, I64.as_pointer()), value, "acq_rel")
-
-
-@emits(types.int64, address_type, types.int64)
-def atomic_swap(builder, address, value):
-    """Stores an int64 at an address after all that was stored before; returns what was there."""
-    return builder.atomic_rmw("xchg", builder.inttoptr(address, I64.as_pointer()), value, "acq_rel")
 
 
 def call_llvm(builder, name, *args):
@@ -309,7 +297,7 @@ def splat_word(builder, number):
     return repeated(builder, builder.trunc(number, I16), WORDS.ir_type)
 
 
-@emits(WORDS, address_type)
+@emits(WORDS, types.intp)
 def splat_pair(builder, address):
     """The int16 that stands twice in an int32 at an address, in every lane."""
     number = builder.load(builder.inttoptr(address, I32.as_pointer()), align=4)
@@ -354,14 +342,14 @@ def rounded(builder, floats):
     return builder.call(builder.module.declare_intrinsic(name, (), function_type), [floats])
 
 
-@emits(types.none, address_type, FLOATS)
+@emits(types.none, types.intp, FLOATS)
 def store_integers(builder, address, a):
     """Stores eight numbers, rounded to int32."""
     numbers = rounded(builder, a)
     builder.store(numbers, builder.inttoptr(address, numbers.type.as_pointer()), align=4)
 
 
-@emits(types.none, address_type, FLOATS)
+@emits(types.none, types.intp, FLOATS)
 def store_pairs(builder, address, a):
     """Stores eight numbers, rounded to int16, each twice."""
     wide = ir.VectorType(I32, 8)
@@ -370,7 +358,7 @@ def store_pairs(builder, address, a):
     builder.store(pairs, builder.inttoptr(address, wide.as_pointer()), align=4)
 
 
-@emits(FLOATS, address_type)
+@emits(FLOATS, types.intp)
 def load_coefficients(builder, address):
     """Eight int16 as float32."""
     words = ir.VectorType(I16, 8)
@@ -405,11 +393,11 @@ def pack_bytes(builder, even, odd):
     six = ir.Constant(WORDS.ir_type, [6] * 16)
     both = shuffle(builder, builder.ashr(even, six), builder.ashr(odd, six), range(32))
     numbers = builder.trunc(clamp_to_byte(builder, both), BYTES)
-    lanes = [i // 8 % 2 * 16 + i // 16 * 8 + i % 8 for i in range(32)]
+    lanes = [place // 2 + 16 * (place % 2) for place in PACKED]
     return builder.bitcast(shuffle(builder, numbers, numbers, lanes), WORDS.ir_type)
 
 
-@emits(types.none, address_type, FLOATS, FLOATS, FLOATS, FLOATS)
+@emits(types.none, types.intp, FLOATS, FLOATS, FLOATS, FLOATS)
 def store_rounded(builder, address, a, b, c, d):
     """Stores four vectors of eight float32 as 32 int8, rounded and saturated."""
     ab = shuffle(builder, a, b, range(16))
@@ -419,7 +407,7 @@ def store_rounded(builder, address, a, b, c, d):
     builder.store(builder.trunc(numbers, BYTES), pointer, align=1)
 
 
-@emits(types.none, address_type, WORDS, WORDS, WORDS)
+@emits(types.none, types.intp, WORDS, WORDS, WORDS)
 def store_interleaved(builder, address, *planes):
     """Stores three vectors of 32 bytes as 32 pixels of three bytes."""
     planes = [builder.bitcast(plane, BYTES) for plane in planes]
@@ -434,7 +422,7 @@ def store_interleaved(builder, address, *planes):
             builder.store(rgb, builder.inttoptr(at, rgb.type.as_pointer()), align=1)
 
 
-@emits(types.int64, address_type)
+@emits(types.int64, types.intp)
 def marker_bits(builder, address):
     """A bit for each of 32 bytes that is 0xFF and not followed by 0; reads one more."""
     here = builder.load(builder.inttoptr(address, BYTES.as_pointer()), align=1)
@@ -450,7 +438,7 @@ def trailing_zeros(builder, number):
     return builder.cttz(number, ir.Constant(ir.IntType(1), 0))
 
 
-@emits(types.none, address_type, types.int64, address_type, types.int64)
+@emits(types.none, types.intp, types.int64, types.intp, types.int64)
 def transpose_16x32(builder, source, source_stride, target, target_stride):
     """16 rows of 32 bytes at source, in the order of PACKED, become 32 rows of 16 at target."""
     rows = []
@@ -475,9 +463,9 @@ def int64s_at(address, n):
 
 
 @njit(nogil=True, cache=True)
-def publish(address, value):
-    """Stores an int64 at an address after all that was stored before it; for Python."""
-    atomic_swap(address, value)
+def advance(limit, batches):
+    """atomic_add for Python."""
+    atomic_add(limit.ctypes.data, batches)
 
 
 # --- kernels: random draws. Reference: torchvision's RandomResizedCrop.get_params, in distribution
@@ -1962,7 +1950,7 @@ class Epoch:
             with kernel_cache(fill, COMPILING):
                 memory, scratch = self._make_scratch()
                 fill(self.job, scratch, start)  # returns: nothing is granted yet
-                publish(self.limit.ctypes.data, start)
+                advance(self.limit, 0)
         work = [self._fill_batches] * loader.num_workers
         if loader.order == "pages":
             work.append(self._read_ahead)
@@ -2024,7 +2012,7 @@ class Epoch:
         self.filling[self.granted] = view
         job.addresses[self.granted] = buffer.ctypes.data
         self.granted += 1
-        publish(self.limit.ctypes.data, self.granted)
+        advance(self.limit, 1)
         self.fills.release(self.loader.num_workers)
         self.reads.release()
 
@@ -2054,7 +2042,7 @@ class Epoch:
         if os.getpid() != self.loader._process:
             return  # in a fork the threads are missing
         self.stopped = True
-        publish(self.limit.ctypes.data, -1)  # the kernels return after the image at hand
+        advance(self.limit, -2 * self.end)  # the kernels return after the image at hand
         self.fills.release(len(self.threads))
         self.reads.release()
         for thread in self.threads:
