@@ -55,8 +55,8 @@ def get_args(argv=None):
     add("--out", type=Path, help="the .beton to write; a .json with the class names goes beside it")
     add("--out-dir", type=Path, default=Path("data"), help="folder for --demo (default: data)")
     add("--labels", type=Path, metavar="FILE",
-        help="labels of pictures without class folders: the devkit .tar.gz, or lines of a file "
-             "name, a comma or a space, and its class, as in Kaggle's LOC_val_solution.csv")
+        help="labels of pictures without class folders: lines of a file name, a comma or a "
+             "space, and its class, as in Kaggle's LOC_val_solution.csv")
     add("--classes", type=Path, metavar="FILE", help="number classes as this .beton does")
     add("--lossless", action="store_true", help="keep JPEGs within --max-resolution as they are")
     add("--max-resolution", type=int, default=500, help="longest side in pixels (default: 500)")
@@ -153,28 +153,14 @@ def find_pictures(source):
     return sorted(pictures, key=lambda p: (p.label, os.path.split(p.name)))
 
 
-def read_devkit(path):
-    """{file name without suffix: class name} of the official ILSVRC2012_devkit_t12.tar.gz."""
-    from scipy.io import loadmat
-    with tarfile.open(path) as tar:
-        files = {Path(member.name).name: tar.extractfile(member) for member in tar}
-        synsets = loadmat(files["meta.mat"], squeeze_me=True)["synsets"]
-        numbers = files["ILSVRC2012_validation_ground_truth.txt"].read().split()
-    leaves = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if not s["num_children"]}
-    return {f"ILSVRC2012_val_{i:08}": leaves[int(n)] for i, n in enumerate(numbers, start=1)}
-
-
 def find_data(source, labels_file, classes_file):
     """(pictures with labels 0 to C - 1, C class names) of --data-dir. ValueError if it is bad."""
     pictures = find_pictures(source)
     if labels_file:
-        if labels_file.name.endswith(".tar.gz"):
-            label_of = read_devkit(labels_file)
-        else:
-            lines = labels_file.read_text(errors="replace").splitlines()
-            rows = [re.split("[, ]", line) for line in lines]  # Kaggle's have boxes behind
-            label_of = {Path(row[0]).stem: int(row[1]) if row[1].isdigit() else row[1]
-                        for row in rows if row[1:]}
+        lines = labels_file.read_text(errors="replace").splitlines()
+        rows = [re.split("[, ]", line) for line in lines]  # Kaggle's have boxes behind
+        label_of = {Path(row[0]).stem: int(row[1]) if row[1].isdigit() else row[1]
+                    for row in rows if row[1:]}
         pictures = [p._replace(label=label_of.get(Path(p.name).stem)) for p in pictures]
     labels = {picture.label for picture in pictures}
     if classes_file:
@@ -396,8 +382,7 @@ def write_beton(out, pictures, classes, settings, args):
         file.write(alloc[:n].tobytes())
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + samples[:n].tobytes())
-        sidecar = {"classes": classes, "num_samples": n, "kept": kept, "re_encoded": n - kept,
-                   "settings": settings, "left_out": bad}
+        sidecar = {"classes": classes, "settings": settings, "kept": kept, "left_out": bad}
         with write_aside(out.with_suffix(".json")) as sidecar_file:
             sidecar_file.write(json.dumps(sidecar, indent=1).encode())
     seconds = time.monotonic() - t0

@@ -291,22 +291,23 @@ def test_build_labels_of_flat_sources(folder, tmp_path, kind):
     assert [picture.label for picture in pictures] == expected and classes == ["dark", "light"]
 
 
-def test_build_labels_of_the_devkit(tmp_path):
-    """The official archives: the ground truth's numbers are meta.mat's, not those of the names."""
+def test_build_labels_of_the_devkit(tmp_path, monkeypatch):
+    """README's code: the ground truth's numbers are meta.mat's, not those of the sorted names."""
     savemat = pytest.importorskip("scipy.io").savemat
     synsets = np.zeros(3, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")])
     synsets[:] = [(1, "n02", 0), (2, "n01", 0), (3, "n00", 2)]
     savemat(tmp_path / "meta.mat", {"synsets": synsets})
     truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("2\n1\n2\n")
-    with tarfile.open(tmp_path / "devkit.tar.gz", "w:gz") as tar:
+    with tarfile.open(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
         for path in (tmp_path / "meta.mat", truth):
             tar.add(path, f"devkit/data/{path.name}")
     jpeg = jpeg_of(draw(np.random.default_rng(0), 40, 30))
     members = [(f"ILSVRC2012_val_{i:08}.JPEG", jpeg) for i in (1, 2, 3)]
     (tmp_path / "val.tar").write_bytes(tar_of(members))
-    labels = tmp_path / "devkit.tar.gz"
-    pictures, classes = build_beton.find_data(tmp_path / "val.tar", labels, None)
+    monkeypatch.chdir(tmp_path)
+    exec((HERE / "README.md").read_text().split("```python devkit\n")[1].split("```")[0], {})
+    pictures, classes = build_beton.find_data(Path("val.tar"), Path("val_labels.txt"), None)
     assert [picture.label for picture in pictures] == [0, 1, 0] and classes == ["n01", "n02"]
 
 
