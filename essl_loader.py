@@ -12,6 +12,7 @@ format, C library, kernels (draws, JPEG, resize, sample), reader, order, loaders
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import math
 import operator
@@ -88,23 +89,18 @@ def load_turbojpeg():
                       "(preferred), `apt-get install libturbojpeg0` version 2.1; either will do.")
 
 
-_bound = []
-
-
+@functools.cache
 def bind():
     """Makes libjpeg-turbo's functions known to the kernels; returns the library.
 
     Every public entry does it; importing the file does nothing.
     """
-    if not _bound:
-        lib = load_turbojpeg()
-        lib.tjInitDecompress.restype = ctypes.c_void_p
-        for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
-            # Under a name of our own: ffcv brings the system's copy into the process.
-            address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
-            llvmlite.binding.add_symbol("essl_" + name, address)
-        _bound.append(lib)
-    return _bound[0]
+    lib = load_turbojpeg()
+    for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
+        # Under a name of our own: ffcv brings the system's copy into the process.
+        address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
+        llvmlite.binding.add_symbol("essl_" + name, address)
+    return lib
 
 
 @contextlib.contextmanager
@@ -116,6 +112,9 @@ def kernel_cache(kernel, notice=""):
     the new index, so the code of another version of this file is removed first. The lock file
     holds the version. `notice` goes to stderr if the kernel has to be compiled.
     """
+    if kernel.signatures:
+        yield
+        return
     source = Path(__file__)
     cache = Path(kernel.stats.cache_path)
     version = f"{source.stat().st_mtime_ns} {source.stat().st_size} {numba.__version__}"
@@ -175,9 +174,8 @@ class Vector(types.Type):
 
 
 @register_model(Vector)
-class VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, vector):
-        super().__init__(manager, vector, vector.ir_type)
+def vector_model(manager, vector):
+    return models.PrimitiveModel(manager, vector, vector.ir_type)
 
 
 I8 = ir.IntType(8)
@@ -207,8 +205,17 @@ def emits(result, *arguments, function=None):
     return register
 
 
+def load_from(builder, address, ir_type):
+    """The value of an LLVM type at an address, aligned or not."""
+    return builder.load(builder.inttoptr(address, ir_type.as_pointer()), align=1)
+
+
+def store_to(builder, address, value):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
 def load_and_store(kind, memory_type, extend="sext"):
-    """Two functions for kernels: load a value at an address, aligned or not, and store it there.
+    """Two functions for kernels: load a value from an address, and store it there.
 
     Shorter integers than int64 are extended and cut.
     """
@@ -216,13 +223,12 @@ def load_and_store(kind, memory_type, extend="sext"):
 
     @emits(kind, types.intp)
     def load(builder, address):
-        value = builder.load(builder.inttoptr(address, memory_type.as_pointer()), align=1)
+        value = load_from(builder, address, memory_type)
         return value if same else getattr(builder, extend)(value, I64)
 
     @emits(types.none, types.intp, kind)
     def store(builder, address, value):
-        value = value if same else builder.trunc(value, memory_type)
-        builder.store(value, builder.inttoptr(address, memory_type.as_pointer()), align=1)
+        store_to(builder, address, value if same else builder.trunc(value, memory_type))
     return load, store
 
 
@@ -237,9 +243,8 @@ load_words, store_words = load_and_store(WORDS, WORDS.ir_type)
 
 @emits(types.uint64, types.intp)
 def load_big_endian(builder, address):
-    """The eight bytes at an address, aligned or not, as a big-endian number."""
-    word = builder.load(builder.inttoptr(address, I64.as_pointer()), align=1)
-    return builder.bswap(word)  # the resize needs a little-endian machine too
+    """The eight bytes at an address as a big-endian number."""
+    return builder.bswap(load_from(builder, address, I64))  # on a little-endian machine
 
 
 @emits(types.voidptr, types.intp)
@@ -253,8 +258,8 @@ def atomic_add(builder, address, value):
     return builder.atomic_rmw("add", builder.inttoptr(address, I64.as_pointer()), value, "acq_rel")
 
 
-def call_llvm(builder, name, *args):
-    function_type = ir.FunctionType(args[0].type, [arg.type for arg in args])
+def call_llvm(builder, name, *args, result=None):
+    function_type = ir.FunctionType(result or args[0].type, [arg.type for arg in args])
     return builder.call(builder.module.declare_intrinsic(name, (), function_type), args)
 
 
@@ -264,58 +269,65 @@ def unlikely(builder, condition):
     return call_llvm(builder, "llvm.expect.i1", condition, ir.Constant(ir.IntType(1), 0))
 
 
-def add_operator(operation, instruction, kind, **options):
-    @emits(kind, kind, kind, function=operation)
-    def emit(builder, a, b):
-        return getattr(builder, instruction)(a, b, **options)
-
-
-for operation, instruction in ((operator.add, "add"), (operator.iadd, "add"), (operator.sub, "sub"),
-                               (operator.and_, "and_"), (operator.xor, "xor"),
-                               (operator.lshift, "shl")):
-    add_operator(operation, instruction, WORDS)
-for operation, instruction in ((operator.add, "fadd"), (operator.iadd, "fadd"),
-                               (operator.sub, "fsub"), (operator.mul, "fmul"),
-                               (operator.truediv, "fdiv")):
-    add_operator(operation, instruction, FLOATS, flags=("contract",))  # may become an FMA
-
-
 def shuffle(builder, a, b, lanes):
     """LLVM's shufflevector: lanes of a followed by b."""
     mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
     return builder.shuffle_vector(a, b, mask)
 
 
-def repeated(builder, scalar, ir_type):
-    one = builder.insert_element(ir.Constant(ir_type, ir.Undefined), scalar, ir.Constant(I32, 0))
+def splat(builder, number, ir_type):
+    """A number in every lane, an int64 cut to the lane's size; a vector stays as it is."""
+    if number.type == ir_type:
+        return number
+    if number.type == I64:
+        number = builder.trunc(number, ir_type.element)
+    one = builder.insert_element(ir.Constant(ir_type, ir.Undefined), number, ir.Constant(I32, 0))
     return shuffle(builder, one, one, [0] * ir_type.count)
+
+
+def add_operator(operation, vector, scalar, instruction, **options):
+    """Kernels may write the operation for two vectors, and for a vector and a number."""
+    def emit(builder, a, b):
+        a = splat(builder, a, vector.ir_type)
+        b = splat(builder, b, vector.ir_type)
+        return instruction(builder, a, b, **options)
+    for kinds in ((vector, vector), (vector, scalar), (scalar, vector)):
+        emits(vector, *kinds, function=operation)(emit)
+
+
+for operation, instruction in (
+        (operator.add, ir.IRBuilder.add), (operator.iadd, ir.IRBuilder.add),
+        (operator.sub, ir.IRBuilder.sub), (operator.and_, ir.IRBuilder.and_),
+        (operator.lshift, ir.IRBuilder.shl)):
+    add_operator(operation, WORDS, types.int64, instruction)
+for operation, instruction in (
+        (operator.add, ir.IRBuilder.fadd), (operator.iadd, ir.IRBuilder.fadd),
+        (operator.sub, ir.IRBuilder.fsub), (operator.mul, ir.IRBuilder.fmul),
+        (operator.truediv, ir.IRBuilder.fdiv)):
+    add_operator(operation, FLOATS, types.float32, instruction, flags=("contract",))  # maybe FMAs
 
 
 @emits(WORDS, types.int64)
 def splat_word(builder, number):
-    """A number, an int16, in every lane."""
-    return repeated(builder, builder.trunc(number, I16), WORDS.ir_type)
+    return splat(builder, number, WORDS.ir_type)
+
+
+@emits(FLOATS, types.float32)
+def splat_float(builder, number):
+    return splat(builder, number, FLOATS.ir_type)
 
 
 @emits(WORDS, types.intp)
 def splat_pair(builder, address):
     """The int16 that stands twice in an int32 at an address, in every lane."""
-    number = builder.load(builder.inttoptr(address, I32.as_pointer()), align=4)
-    return builder.bitcast(repeated(builder, number, ir.VectorType(I32, 8)), WORDS.ir_type)
+    pair = load_from(builder, address, I32)
+    return builder.bitcast(splat(builder, pair, ir.VectorType(I32, 8)), WORDS.ir_type)
 
 
-@emits(FLOATS, types.float32)
-def splat_float(builder, number):
-    """A number in every lane."""
-    return repeated(builder, number, FLOATS.ir_type)
-
-
-@emits(FLOATS, types.float32, types.float32)
-def ramp(builder, first, step):
-    """first, first + step, ..., first + 7 * step."""
-    lanes = ir.Constant(FLOATS.ir_type, [float(lane) for lane in range(8)])
-    steps = builder.fmul(lanes, repeated(builder, step, FLOATS.ir_type), flags=("contract",))
-    return builder.fadd(repeated(builder, first, FLOATS.ir_type), steps, flags=("contract",))
+@emits(FLOATS)
+def lane_numbers(builder):
+    """0, 1, ..., 7."""
+    return ir.Constant(FLOATS.ir_type, [float(lane) for lane in range(8)])
 
 
 @emits(FLOATS, FLOATS)
@@ -323,30 +335,28 @@ def magnitude(builder, a):
     return call_llvm(builder, "llvm.fabs.v8f32", a)
 
 
-@emits(FLOATS, FLOATS, types.float32, types.float32)
-def clamp(builder, a, low, high):
-    low = repeated(builder, low, FLOATS.ir_type)  # a comparison and a choice are one instruction
-    high = repeated(builder, high, FLOATS.ir_type)
-    a = builder.select(builder.fcmp_ordered(">", a, low), a, low)
-    return builder.select(builder.fcmp_ordered("<", a, high), a, high)
-
-
 @emits(FLOATS, FLOATS)
 def floor(builder, a):
     return call_llvm(builder, "llvm.floor.v8f32", a)
 
 
+@emits(FLOATS, FLOATS, types.float32, types.float32)
+def clamp(builder, a, low, high):
+    low = splat(builder, low, FLOATS.ir_type)  # a comparison and a choice are one instruction
+    high = splat(builder, high, FLOATS.ir_type)
+    a = builder.select(builder.fcmp_ordered(">", a, low), a, low)
+    return builder.select(builder.fcmp_ordered("<", a, high), a, high)
+
+
 def rounded(builder, floats):
-    name = f"llvm.lrint.v{floats.type.count}i32.v{floats.type.count}f32"
-    function_type = ir.FunctionType(ir.VectorType(I32, floats.type.count), [floats.type])
-    return builder.call(builder.module.declare_intrinsic(name, (), function_type), [floats])
+    n = floats.type.count
+    return call_llvm(builder, f"llvm.lrint.v{n}i32.v{n}f32", floats, result=ir.VectorType(I32, n))
 
 
 @emits(types.none, types.intp, FLOATS)
 def store_integers(builder, address, a):
     """Stores eight numbers, rounded to int32."""
-    numbers = rounded(builder, a)
-    builder.store(numbers, builder.inttoptr(address, numbers.type.as_pointer()), align=4)
+    store_to(builder, address, rounded(builder, a))
 
 
 @emits(types.none, types.intp, FLOATS)
@@ -354,24 +364,23 @@ def store_pairs(builder, address, a):
     """Stores eight numbers, rounded to int16, each twice."""
     wide = ir.VectorType(I32, 8)
     low = builder.and_(rounded(builder, a), ir.Constant(wide, [0xFFFF] * 8))
-    pairs = builder.mul(low, ir.Constant(wide, [0x10001] * 8))
-    builder.store(pairs, builder.inttoptr(address, wide.as_pointer()), align=4)
+    store_to(builder, address, builder.mul(low, ir.Constant(wide, [0x10001] * 8)))
 
 
 @emits(FLOATS, types.intp)
 def load_coefficients(builder, address):
     """Eight int16 as float32."""
-    words = ir.VectorType(I16, 8)
-    value = builder.load(builder.inttoptr(address, words.as_pointer()), align=2)
-    return builder.sitofp(builder.sext(value, ir.VectorType(I32, 8)), FLOATS.ir_type)
+    return builder.sitofp(load_from(builder, address, ir.VectorType(I16, 8)), FLOATS.ir_type)
 
 
-@emits(WORDS, WORDS, WORDS)
 def multiply_high(builder, a, b):
     """(a * b) >> 16: one instruction on x86."""
     wide = ir.VectorType(I32, 16)
     product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
     return builder.trunc(builder.ashr(product, ir.Constant(wide, [16] * 16)), WORDS.ir_type)
+
+
+add_operator(multiply_high, WORDS, types.int64, multiply_high)
 
 
 def clamp_to_byte(builder, value):
@@ -403,14 +412,14 @@ def store_rounded(builder, address, a, b, c, d):
     ab = shuffle(builder, a, b, range(16))
     cd = shuffle(builder, c, d, range(16))
     numbers = clamp_to_byte(builder, rounded(builder, shuffle(builder, ab, cd, range(32))))
-    pointer = builder.inttoptr(address, BYTES.as_pointer())
-    builder.store(builder.trunc(numbers, BYTES), pointer, align=1)
+    store_to(builder, address, builder.trunc(numbers, BYTES))
 
 
 @emits(types.none, types.intp, WORDS, WORDS, WORDS)
 def store_interleaved(builder, address, *planes):
-    """Stores three vectors of 32 bytes as 32 pixels of three bytes."""
-    planes = [builder.bitcast(plane, BYTES) for plane in planes]
+    """Stores three vectors of 32 int8 as 32 pixels of three bytes, 128 higher."""
+    high = ir.Constant(BYTES, [128] * 32)
+    planes = [builder.xor(builder.bitcast(plane, BYTES), high) for plane in planes]
     for half in range(2):
         parts = [shuffle(builder, v, v, range(16 * half, 16 * half + 16)) for v in planes]
         for i in range(3):  # 16 bytes each: two of the three at a time, for byte shuffles
@@ -418,16 +427,14 @@ def store_interleaved(builder, address, *planes):
             rg = shuffle(builder, *parts[:2], [k // 3 + 16 * (k % 3 == 1) for k in places])
             lanes = [k // 3 + 16 if k % 3 == 2 else k - 16 * i for k in places]
             at = builder.add(address, ir.Constant(I64, 48 * half + 16 * i))
-            rgb = shuffle(builder, rg, parts[2], lanes)
-            builder.store(rgb, builder.inttoptr(at, rgb.type.as_pointer()), align=1)
+            store_to(builder, at, shuffle(builder, rg, parts[2], lanes))
 
 
 @emits(types.int64, types.intp)
 def marker_bits(builder, address):
     """A bit for each of 32 bytes that is 0xFF and not followed by 0; reads one more."""
-    here = builder.load(builder.inttoptr(address, BYTES.as_pointer()), align=1)
-    behind = builder.add(address, ir.Constant(I64, 1))
-    behind = builder.load(builder.inttoptr(behind, BYTES.as_pointer()), align=1)
+    here = load_from(builder, address, BYTES)
+    behind = load_from(builder, builder.add(address, ir.Constant(I64, 1)), BYTES)
     is_ff = builder.icmp_unsigned("==", here, ir.Constant(BYTES, [255] * 32))
     not_zero = builder.icmp_unsigned("!=", behind, ir.Constant(BYTES, [0] * 32))
     return builder.zext(builder.bitcast(builder.and_(is_ff, not_zero), I32), I64)
@@ -443,8 +450,7 @@ def transpose_16x32(builder, source, source_stride, target, target_stride):
     """16 rows of 32 bytes at source, in the order of PACKED, become 32 rows of 16 at target."""
     rows = []
     for _ in range(16):
-        pointer = builder.inttoptr(source, BYTES.as_pointer())
-        rows.append(builder.load(pointer, align=1))
+        rows.append(load_from(builder, source, BYTES))
         source = builder.add(source, source_stride)
     # Four times each 16 bytes of row k and of row k + 8 alternate: in the low or high half
     lanes = [[part + 8 * high + i // 2 + 32 * (i % 2) for part in (0, 16) for i in range(16)]
@@ -452,8 +458,8 @@ def transpose_16x32(builder, source, source_stride, target, target_stride):
     for _ in range(4):
         rows = [shuffle(builder, rows[k // 2], rows[k // 2 + 8], lanes[k % 2]) for k in range(16)]
     for i in map(PACKED.index, range(32)):
-        value = shuffle(builder, rows[i % 16], rows[i % 16], range(i // 16 * 16, i // 16 * 16 + 16))
-        builder.store(value, builder.inttoptr(target, value.type.as_pointer()), align=1)
+        half = range(i // 16 * 16, i // 16 * 16 + 16)
+        store_to(builder, target, shuffle(builder, rows[i % 16], rows[i % 16], half))
         target = builder.add(target, target_stride)
 
 
@@ -902,7 +908,7 @@ def decode_units(streams, units, zigzag, waiting):
 @njit(forceinline=True)
 def inverse_dct_8(a):
     """Inverse DCT of eight scaled values: Arai, Agui and Nakajima (Pennebaker, Mitchell, 4.4.3)."""
-    root2 = splat_float(F(1.414213562))
+    root2 = 1.414213562
     e0 = a[0] + a[4]
     e1 = a[0] - a[4]
     e3 = a[2] + a[6]
@@ -916,17 +922,17 @@ def inverse_dct_8(a):
     z11 = a[1] + a[7]
     z12 = a[1] - a[7]
     c7 = z11 + z13
-    z5 = (z10 + z12) * splat_float(F(1.847759065))
-    c6 = z5 - z10 * splat_float(F(2.613125930)) - c7
+    z5 = (z10 + z12) * 1.847759065
+    c6 = z5 - z10 * 2.613125930 - c7
     c5 = (z11 - z13) * root2 - c6
-    c4 = z5 - z12 * splat_float(F(1.082392200)) - c5
+    c4 = z5 - z12 * 1.082392200 - c5
     return b0 + c7, b1 + c6, b2 + c5, b3 + c4, b3 - c4, b2 - c5, b1 - c6, b0 - c7
 
 
 @njit(forceinline=True)
 def dequantised(coefs, quants, k):
     """Coefficient k of eight blocks, as float32."""
-    return load_coefficients(coefs + 16 * k) * splat_float(load_float(quants + 4 * k))
+    return load_coefficients(coefs + 16 * k) * load_float(quants + 4 * k)
 
 
 @njit
@@ -1058,10 +1064,9 @@ def store_unit(at, first_bit, bit_low, bit_high, place, place_end):
 
 
 @njit
-def list_units(info, scratch, row, across, first, last):
-    """The units of a row's MCUs first to last, and their intervals' data without stuffing."""
+def list_units(info, scratch, k, row, across, first, last):
+    """The units of a row's MCUs first to last, and their data, k MCUs each, without stuffing."""
     starts = int64s_at(scratch.starts, scratch.num_starts)
-    k = info[INTERVAL]
     block_bytes = PLACE_SIZE * (info[H_SAMP] * info[V_SAMP] + info[COMPONENTS] - 1)
     places = scratch.places + PLACE_SIZE
     begin = scratch.units + 8  # behind the address of the next
@@ -1071,15 +1076,15 @@ def list_units(info, scratch, row, across, first, last):
     unit = begin + UNIT_SIZE
     store_int64(scratch.units, unit)
     clean = scratch.clean
-    for column in range(first, last, k if k > 0 else last):
-        if k == 0 and row > 0:  # no markers: the one unit goes on where the row before ended
+    for column in range(first, last, k):
+        number = (row * across + column) // k
+        if number * k < row * across:  # no markers: it goes on where the row before ended
             store_int64(unit, load_int64(unit + BIT_LAST))
         else:
-            number = (row * across + column) // k if k > 0 else 0
             n = unstuff(starts[number], starts[number + 1] - 2, clean)
             end = 8 * (clean + n)
-            whole = 0 < k <= last - column  # then it ends within a byte
-            stop = min(column + k, last) if k > 0 else last
+            stop = min(column + k, last)
+            whole = stop == column + k  # then it ends within a byte
             store_unit(unit, 8 * clean, end - 7 if whole else 0, end,
                        places + block_bytes * (column - first),
                        places + block_bytes * (stop - first))
@@ -1105,30 +1110,19 @@ def row_to_planes(info, plane, row, scratch):
                 coefs += GROUP
 
 
-@njit
-def parse_sample(address, size, width, height, scratch):
-    """Reads a JPEG's header; OK if decode_box can go on, else UNKNOWN."""
-    info = int64s_at(scratch.info, INFO_SIZE)
-    code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
-    for k in range(256):
-        store_int64(scratch.zigzag + 8 * k, 16 * ZIGZAG[k] if k < 64 else GROUP - 16)
-    if code != OK or info[WIDTH] != width or info[HEIGHT] != height:
-        return UNKNOWN
-    across = (width + 8 * info[H_SAMP] - 1) // (8 * info[H_SAMP])
-    spans_rows = info[INTERVAL] > 0 and across % info[INTERVAL] != 0  # some interval does
-    return UNKNOWN if spans_rows else OK
-
-
-@njit
-def decode_box(address, size, width, height, x, y, w, h, scratch):
-    """Decodes the MCUs that the box touches to Y, Cb, Cr planes; the header was read.
+@njit(nogil=True, cache=True)
+def decode_planes(address, size, width, height, x, y, w, h, scratch):
+    """Decodes the MCUs of a JPEG that the box touches to Y, Cb, Cr planes; a code of REASONS.
 
     Fills the rows of scratch.plane. Only the restart intervals that the box touches are decoded;
-    without markers, all that lies before its end. Returns a code of REASONS. Reference:
-    libjpeg-turbo's planes of the whole picture.
+    without markers, all that lies before its end. UNKNOWN: nothing was done, libjpeg-turbo should.
+    Reference: libjpeg-turbo's planes of the whole picture.
     """
     info = int64s_at(scratch.info, INFO_SIZE)
     plane = planes_at(scratch.plane)
+    code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
+    if code != OK or info[WIDTH] != width or info[HEIGHT] != height:
+        return UNKNOWN
     mcu_w = 8 * info[H_SAMP]
     mcu_h = 8 * info[V_SAMP]
     across = (width + mcu_w - 1) // mcu_w
@@ -1137,10 +1131,18 @@ def decode_box(address, size, width, height, x, y, w, h, scratch):
     col0 = x // mcu_w
     col1 = (x + w + mcu_w - 1) // mcu_w
     k = info[INTERVAL]
-    first_row = row0 if k > 0 else 0
-    first = col0 // k * k if k > 0 else 0
-    last = col1 if k > 0 else across
-    needed = ((row1 - 1) * across + col1 + k - 1) // k if k > 0 else 1
+    if k > 0 and across % k != 0:  # an interval goes on in the next row
+        return UNKNOWN
+    first_row = row0
+    last = col1
+    if k == 0:  # one interval that never ends
+        k = across * row1 + 1
+        first_row = 0
+        last = across
+    first = col0 // k * k
+    needed = ((row1 - 1) * across + col1 + k - 1) // k
+    for i in range(256):
+        store_int64(scratch.zigzag + 8 * i, 16 * ZIGZAG[i] if i < 64 else GROUP - 16)
     starts = int64s_at(scratch.starts, scratch.num_starts)
     if find_intervals(address + size, info, starts, needed) != needed:
         return BROKEN
@@ -1158,7 +1160,7 @@ def decode_box(address, size, width, height, x, y, w, h, scratch):
     row_bytes = list_places(info, first, last, col0, col1, scratch)
     for row in range(first_row, row1):
         memset(scratch.coefs, 0, row_bytes)
-        list_units(info, scratch, row, across, first, last)
+        list_units(info, scratch, k, row, across, first, last)
         if decode_units(scratch.streams, scratch.units, scratch.zigzag, scratch.places) != OK:
             return BROKEN
         if row >= row0:
@@ -1166,81 +1168,24 @@ def decode_box(address, size, width, height, x, y, w, h, scratch):
     return OK
 
 
-@njit(nogil=True, cache=True)
-def decode_planes(address, size, width, height, x, y, w, h, scratch):
-    """A JPEG's header and the box's planes: see decode_box. For tests and bench_loader.py."""
-    code = parse_sample(address, size, width, height, scratch)
-    if code != OK:
-        return code
-    return decode_box(address, size, width, height, x, y, w, h, scratch)
-
-
 # --- kernels: antialiased resize. Reference: Pillow's resize of the crop, plane by plane
 @njit(forceinline=True)
 def filter_values(d, bicubic):
     """The triangle, or Keys' cubic with a = -0.5, at eight distances d >= 0; without branches."""
-    one = splat_float(F(1))
+    near = clamp(d, 0, 1)  # each of the two pieces is 0 where the other is meant
     if not bicubic:
-        return one - clamp(d, F(0), F(1))
-    near = clamp(d, F(0), F(1))  # each of the two pieces is 0 where the other is meant
-    far = clamp(d, F(1), F(2))
-    near_value = (splat_float(F(1.5)) * near - splat_float(F(2.5))) * near * near + one
-    far_value = (splat_float(F(2.5)) - splat_float(F(0.5)) * far) * far - splat_float(F(4))
-    return near_value + far_value * far + splat_float(F(2))
+        return 1 - near
+    far = clamp(d, 1, 2)
+    near_value = (1.5 * near - 2.5) * near * near + 1
+    far_value = (2.5 - 0.5 * far) * far - 4
+    return near_value + far_value * far + 2
 
 
 @njit(forceinline=True)
 def pixel_weights(pixels, centers, low, high, narrower, bicubic):
     """The filter's values at eight pixels, each for its output; 0 outside of low to high."""
-    one = splat_float(F(1))
-    inside = clamp(pixels - splat_float(low) + one, F(0), F(1))
-    inside = inside * clamp(splat_float(high) - pixels + one, F(0), F(1))
-    return filter_values(magnitude(pixels - centers) * splat_float(narrower), bicubic) * inside
-
-
-@njit
-def filter_weights(begin, size, count, out, bicubic, step, first, weights, taps, work):
-    """Filter coefficients for one axis, in 1/16384: see Axis.
-
-    Pillow's for a box of `size` pixels from `begin` on, of an axis of `count` samples. At step 2
-    the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
-    upsampling and then the resize, in one; at the box's ends the last sample stands in for the one
-    outside. work: memory for eight outputs' weights as floats. Reference: Pillow; 1 to 3 us.
-    """
-    scale = size / out
-    narrower = F(min(1.0 / scale, 1.0))
-    support = (2.0 if bicubic else 1.0) * max(scale, 1.0)
-    one = splat_float(F(1))
-    half = splat_float(F(0.5))
-    for i in range(0, out, 8):
-        center = begin + (i + 0.5) * scale
-        origin = int(center - support) // 2 * 2  # of all positions below: float32 is exact enough
-        low = F(begin - origin)
-        high = F(begin + size - 1 - origin)
-        centers = ramp(F(center - origin - 0.5), F(scale))
-        starts = floor(centers - splat_float(F(support)) + one)  # first pixels, then samples
-        if step == 2:
-            starts = floor((starts - one) * half)
-        starts = clamp(starts, F(-origin // step), F(1e9))
-        store_integers(first + 4 * i, starts + splat_float(F(origin // step)))
-        total = splat_float(F(0))
-        for t in range(taps):
-            samples = starts + splat_float(F(t))
-            pixels = samples if step == 1 else samples + samples
-            v = pixel_weights(pixels, centers, low, high, narrower, bicubic)
-            if step == 2:  # a pixel lies a quarter of a sample off its sample, towards the next
-                v += pixel_weights(pixels + one, centers, low, high, narrower, bicubic)
-                before = clamp(pixels - one, F(-origin), F(1e9))  # at an end the sample itself
-                behind = clamp(pixels + one + one, F(-1e9), F(2 * count - 1 - origin))
-                others = pixel_weights(before, centers, low, high, narrower, bicubic)
-                others += pixel_weights(behind, centers, low, high, narrower, bicubic)
-                v = splat_float(F(0.75)) * v + splat_float(F(0.25)) * others
-                v = v * clamp(splat_float(F(count - origin // 2)) - samples, F(0), F(1))
-            store_floats(work + 32 * t, v)
-            total += v
-        norm = splat_float(F(16384)) / total
-        for t in range(taps):
-            store_pairs(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
+    inside = clamp(pixels - low + 1, 0, 1) * clamp(high - pixels + 1, 0, 1)
+    return filter_values(magnitude(pixels - centers) * narrower, bicubic) * inside
 
 
 # One axis of a resize. Output i is the sum over t of weight (i, t) * the row at address
@@ -1251,15 +1196,50 @@ Axis = namedtuple("Axis", ("rows", "first", "weights", "taps", "bias"))
 
 @njit
 def make_axis(begin, size, count, out, bicubic, step, half_level, memory, work):
-    """Fills an Axis in memory, but for the addresses in rows. work: see filter_weights.
+    """Fills an Axis in memory, but for the addresses in rows: filter coefficients, in 1/16384.
 
-    half_level: 32 if sums become whole levels, else 0. Right for size / out up to 2,000.
+    Pillow's for a box of `size` pixels from `begin` on, of an axis of `count` samples. At step 2
+    the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
+    upsampling and then the resize, in one; at the box's ends the last sample stands in for the one
+    outside. half_level: 32 if sums become whole levels, else 0. work: memory for eight outputs'
+    weights as floats. Right for size / out up to 2,000. Reference: Pillow; 1 to 3 us.
     """
-    pixels = int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0)))
+    scale = size / out
+    narrower = min(1.0 / scale, 1.0)
+    support = (2.0 if bicubic else 1.0) * max(scale, 1.0)
+    pixels = int(math.ceil(2 * support))
     taps = pixels if step == 1 else pixels // 2 + 2
     first = memory + 8 * (count + taps)
     weights = first + 4 * (out + 8)
-    filter_weights(begin, size, count, out, bicubic, step, first, weights, taps, work)
+    for i in range(0, out, 8):
+        center = begin + (i + 0.5) * scale
+        origin = int(center - support) // 2 * 2  # of all positions below: float32 is exact enough
+        low = begin - origin
+        high = begin + size - 1 - origin
+        centers = lane_numbers() * scale + (center - origin - 0.5)
+        starts = floor(centers - support + 1)  # first pixels, then samples
+        if step == 2:
+            starts = floor((starts - 1) * 0.5)
+        starts = clamp(starts, -origin // step, 1e9)
+        store_integers(first + 4 * i, starts + origin // step)
+        total = splat_float(0)
+        for t in range(taps):
+            samples = starts + t
+            at = samples if step == 1 else samples + samples
+            v = pixel_weights(at, centers, low, high, narrower, bicubic)
+            if step == 2:  # a pixel lies a quarter of a sample off its sample, towards the next
+                v += pixel_weights(at + 1, centers, low, high, narrower, bicubic)
+                before = clamp(at - 1, -origin, 1e9)  # at an end the sample itself
+                behind = clamp(at + 2, -1e9, 2 * count - 1 - origin)
+                others = pixel_weights(before, centers, low, high, narrower, bicubic)
+                others += pixel_weights(behind, centers, low, high, narrower, bicubic)
+                v = 0.75 * v + 0.25 * others
+                v = v * clamp(count - origin // 2 - samples, 0, 1)
+            store_floats(work + 32 * t, v)
+            total += v
+        norm = 16384 / total
+        for t in range(taps):
+            store_pairs(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
     # Each product is rounded down, which loses half of 1/64 level on average
     products = pixels // step + step - 1
     return Axis(memory, first, weights, taps, half_level + products // 2)
@@ -1274,8 +1254,6 @@ def weighted_sum(axis, i, at):
     """
     row = axis.rows + 8 * load_int32(axis.first + 4 * i)
     weights = axis.weights + 4 * ((i & -8) * axis.taps + (i & 7))
-    eight = splat_word(8)
-    upper = splat_word(-256)
     even1 = splat_word(axis.bias)
     even2 = even1
     odd1 = even1
@@ -1284,11 +1262,11 @@ def weighted_sum(axis, i, at):
         source = load_int64(row + 8 * t) + at
         weight = splat_pair(weights + 32 * t)
         v = load_words(source)
-        even1 += multiply_high(v << eight, weight)
-        odd1 += multiply_high(v & upper, weight)
+        even1 += multiply_high(v << 8, weight)
+        odd1 += multiply_high(v & -256, weight)
         v = load_words(source + 32)
-        even2 += multiply_high(v << eight, weight)
-        odd2 += multiply_high(v & upper, weight)
+        even2 += multiply_high(v << 8, weight)
+        odd2 += multiply_high(v & -256, weight)
     return even1, odd1, even2, odd2
 
 
@@ -1347,11 +1325,9 @@ def resize_rows(planes, x, y, w, h, res, bicubic, half_level, axis_memory, to, s
 @njit(forceinline=True)
 def rgb_parts(luma, cb, cr):
     """R, G, B of int16 in 1/64 level: ITU-T T.871, section 7."""
-    one = splat_word(1)
-    r = luma + cr + multiply_high(cr << one, splat_word(13173))  # 1.402 = 1 + 13173 / 32768
-    g = (luma - multiply_high(cb << one, splat_word(11277))  # 0.344136
-         - multiply_high(cr << one, splat_word(23401)))  # 0.714136
-    b = luma + cb + multiply_high(cb << one, splat_word(25297))  # 1.772
+    r = luma + cr + multiply_high(cr << 1, 13173)  # 1.402 = 1 + 13173 / 32768
+    g = luma - multiply_high(cb << 1, 11277) - multiply_high(cr << 1, 23401)  # 0.344136, 0.714136
+    b = luma + cb + multiply_high(cb << 1, 25297)  # 1.772
     return r, g, b
 
 
@@ -1388,14 +1364,13 @@ def resize_columns(luma, chroma, components, ycc, res, flip, to, scratch):
         for k in range(3):
             transpose_strip(scratch.strip + 64 * out * k, res, out - y,
                             scratch.resized + plane * k + out * y, out)
-    sign = splat_word(-32640)  # 0x8080: from int8 to a byte
     for y in range(res):
         for x in range(0, res, 32):
             at = scratch.resized + out * y + x
             pixels = to + 3 * (y * res + x)
             whole = x + 32 <= res
-            store_interleaved(pixels if whole else scratch.strip, load_words(at) ^ sign,
-                              load_words(at + plane) ^ sign, load_words(at + 2 * plane) ^ sign)
+            store_interleaved(pixels if whole else scratch.strip, load_words(at),
+                              load_words(at + plane), load_words(at + 2 * plane))
             if not whole:
                 memcpy(pixels, scratch.strip, 3 * (res - x))
 
@@ -1421,17 +1396,18 @@ def split_rgb(rgb, width, x, y, w, h, scratch):
                 store_byte(p[ADDRESS] + row * stride + i, load_byte(line + 3 * i) ^ 128)
 
 
-@njit
-def decode_rgb(address, size, width, height, scratch):
-    """Decodes a whole JPEG of any kind by libjpeg-turbo to RGB in scratch.planes: REASONS."""
+@njit(nogil=True, cache=True)
+def decode_rgb(address, size, width, height, found, to):
+    """A whole JPEG of any kind, by libjpeg-turbo, to RGB at `to`: a code of REASONS.
+
+    found: memory for 16 bytes, which its header says.
+    """
     handle = tj_init()
-    found = scratch.info  # width, height, subsampling, colour space: int32
     code = BROKEN
     if tj_header(handle, address, size, found, found + 4, found + 8, found + 12) == 0:
         if load_int32(found) != width or load_int32(found + 4) != height:
             code = OTHER_SIZE
-        elif tj_rgb(handle, address, size, scratch.planes, width, 3 * width, height, 0,
-                    STOP_ON_WARNING) == 0:
+        elif tj_rgb(handle, address, size, to, width, 0, height, 0, STOP_ON_WARNING) == 0:
             code = OK
     tj_destroy(handle)
     return code
@@ -1440,13 +1416,15 @@ def decode_rgb(address, size, width, height, scratch):
 @njit
 def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
     """The planes of a box of one stored sample: (code of REASONS, False if they are R, G, B)."""
-    if mode == 0 and parse_sample(address, size, width, height, scratch) == OK:
-        return decode_box(address, size, width, height, x, y, w, h, scratch), True
-    rgb = address
-    code = OK if size == 3 * width * height else OTHER_SIZE
     if mode == 0:
+        code = decode_planes(address, size, width, height, x, y, w, h, scratch)
+        if code != UNKNOWN:
+            return code, True
         rgb = scratch.planes
-        code = decode_rgb(address, size, width, height, scratch)
+        code = decode_rgb(address, size, width, height, scratch.info, rgb)
+    else:
+        rgb = address
+        code = OK if size == 3 * width * height else OTHER_SIZE
     if code == OK:
         split_rgb(rgb, width, x, y, w, h, scratch)
     return code, False
@@ -1701,25 +1679,16 @@ class BetonReader:
         x, y, w, h = box or (0, 0, width, height)
         inside = 0 <= x and 0 <= y and 0 < w <= width - x and 0 < h <= height - y
         check("box", box, inside, f"one inside {width}x{height}")
-        data = self.read(i)
-        pixels = np.frombuffer(data, np.uint8)
-        code = OK
+        stored = np.frombuffer(self.read(i), np.uint8)
+        pixels = stored
+        code = OK if len(stored) == 3 * width * height else OTHER_SIZE
         if self.modes[i] == 0:
-            lib = bind()
-            handle = ctypes.c_void_p(lib.tjInitDecompress())
-            size = ctypes.c_ulong(len(data))
-            found = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
             pixels = np.empty(3 * width * height, np.uint8)
-            to = ctypes.c_void_p(pixels.ctypes.data)
-            if lib.tjDecompressHeader3(handle, data, size, *map(ctypes.byref, found)):
-                code = BROKEN
-            elif (found[0].value, found[1].value) != (width, height):
-                code = OTHER_SIZE
-            elif lib.tjDecompress2(handle, data, size, to, width, 0, height, 0, STOP_ON_WARNING):
-                code = BROKEN
-            lib.tjDestroy(handle)
-        elif len(data) != 3 * width * height:
-            code = OTHER_SIZE
+            found = np.empty(2, np.int64)
+            bind()
+            with kernel_cache(decode_rgb):
+                code = decode_rgb(stored.ctypes.data, len(stored), width, height,
+                                  found.ctypes.data, pixels.ctypes.data)
         if code != OK:
             raise self.sample_error(i, REASONS[code])
         return pixels.reshape(height, width, 3)[y:y + h, x:x + w].copy()
@@ -1946,11 +1915,10 @@ class Epoch:
             loader.interpolation == "bicubic", loader.seed, loader.epoch, loader.scale,
             loader.ratio, loader.hflip, loader.crop_ratio)
         bind()
-        if not fill.signatures:
-            with kernel_cache(fill, COMPILING):
-                memory, scratch = self._make_scratch()
-                fill(self.job, scratch, start)  # returns: nothing is granted yet
-                advance(self.limit, 0)
+        with kernel_cache(fill, COMPILING):
+            memory, scratch = self._make_scratch()
+            fill(self.job, scratch, start)  # returns: nothing is granted yet
+            advance(self.limit, 0)
         work = [self._fill_batches] * loader.num_workers
         if loader.order == "pages":
             work.append(self._read_ahead)
