@@ -37,6 +37,7 @@ import torch
 from numba import carray, njit, objmode, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
 # --- format: FFCV's .beton, version 2, little-endian
 # | header 24 B | field descriptors 1041 B each | samples | pages ... | allocation table to end |
@@ -464,8 +465,8 @@ def transpose_16x32(builder, source, source_stride, target, target_stride):
 
 
 @njit
-def int64s_at(address, n):
-    return carray(as_pointer(address), (n,), np.int64)
+def int64s_at(address, shape):
+    return carray(as_pointer(address), shape, np.int64)
 
 
 @njit(nogil=True, cache=True)
@@ -767,7 +768,8 @@ def unstuff(start, end, clean):
 PLACE_SIZE = 32
 # A unit is an interval that is decoded, or the part of it in the crop, in 64-bit words: bit
 # positions where it begins, may end at the earliest and at the latest, ended; its first place, and
-# the end of its places; three DC predictors. A stream, one word, is the unit that it is at.
+# the end of its places; three DC predictors. A stream, one word, is the unit that it is at; the
+# word after both is the next unit.
 BIT_LOW, BIT_HIGH, BIT_LAST, PLACE, PLACE_END, PREDICTORS = range(8, 56, 8)
 UNIT_SIZE = 72
 DAMAGED = 0
@@ -868,7 +870,7 @@ def after_symbol(stream, units, zigzag, entry, position, count, table, coefs, pl
 
 
 @njit
-def decode_units(streams, units, zigzag, waiting):
+def decode_units(streams, zigzag, waiting):
     """Decodes all units of a list to coefficients: ITU-T T.81, annex F; OK or BROKEN.
 
     Two streams take turns symbol by symbol, so that the latency of one's look-up hides behind the
@@ -879,6 +881,7 @@ def decode_units(streams, units, zigzag, waiting):
     """
     one = streams
     two = streams + 8
+    units = streams + 16
     word1, position1, count1, table1, coefs1, place1 = next_block(one, units, 0, 0)
     word2, position2, count2, table2, coefs2, place2 = next_block(two, units, 0, 0)
     if place1 == DAMAGED or place2 == DAMAGED:
@@ -961,144 +964,111 @@ def inverse_dct(coefs, quants, work, to, stride):
         store_rounded(to + r * stride + 32, v[4], v[5], v[6], v[7])
 
 
-# One thread's memory: addresses, and how many interval starts fit. A plane's row in `plane`: its
-# address, stride, first column and row, pixels that a sample is wide and high, whether its columns
-# lie as inverse_dct leaves them.
+# One thread's memory: addresses. A plane's row in `plane`: its address, stride, first column and
+# row, pixels that a sample is wide and high, whether its columns lie as inverse_dct leaves them.
 Scratch = namedtuple("Scratch", (
     "raw clean starts info plane tables quants zigzag wait streams units places coefs work planes "
-    "split rows_axis luma_axis chroma_axis strip luma chroma resized end num_starts"))
+    "split rows_axis luma_axis chroma_axis strip luma chroma resized end"))
 ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, BY_GROUPS, PLANE_SIZE = range(8)
-
-
-@njit
-def planes_at(address):
-    return carray(as_pointer(address), (3, PLANE_SIZE), np.int64)
 
 
 @njit(nogil=True, cache=True)
 def lay_out_scratch(memory, max_bytes, max_width, max_height, max_area, res):
     """Scratch at an address, for samples of at most these bytes, sides and pixels; end: its end."""
+    side = max(max_width, max_height) + 144  # with the MCUs and groups that stick out
+    area = max_area + 288 * side
     out = (res + 31) // 32 * 32
-    wide = (max_width + 16 + 63) // 64 * 64 + 64
-    side = max(wide, max_height + 64)
-    area = max_area + 144 * max_height + 64 * max_width + 16384  # MCUs and groups that stick out
-    num_starts = max_area // 64 + max_width + max_height + 64
-    mcus = max_width // 8 + 16
+    mcus = side // 8  # of a row, at least 16 too many
     most_taps = 4 * side // res + 8
     axis = 8 * (side + most_taps) + 4 * (res + 8) * (most_taps + 1)  # see Axis
-    sizes = (max_bytes + 64, max_bytes + 8192, 8 * num_starts, 8 * INFO_SIZE, 24 * PLANE_SIZE,
-             4 * TABLE, 4 * 256, 8 * 256, 64, 16, UNIT_SIZE * (mcus + 8),
-             PLACE_SIZE * (6 * mcus + 1), GROUP * (6 * (mcus // 8 + 2) + 2), 2048, 3 * area,
-             3 * area, axis, axis, axis, 192 * out + 32 * most_taps, out * side + 4096,
-             2 * out * side + 4096, 3 * out * out + 4096)
-    at = np.zeros(24, np.int64)
-    at[0] = memory
-    for i in range(23):
-        at[i + 1] = at[i] + (sizes[i] + 63) // 64 * 64
-    return Scratch(at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10],
-                   at[11], at[12], at[13], at[14], at[15], at[16], at[17], at[18], at[19], at[20],
-                   at[21], at[22], at[23], num_starts)
+    sizes = np.array((
+        max_bytes, max_bytes, area // 8, 8 * INFO_SIZE, 24 * PLANE_SIZE, 4 * TABLE, 4 * 256,
+        8 * 256, 16, 24, UNIT_SIZE * mcus, 6 * PLACE_SIZE * mcus, GROUP * mcus, 2048, 3 * area,
+        3 * area, axis, axis, axis, 192 * out + 32 * most_taps, out * side, 2 * out * side,
+        3 * out * out))
+    at = np.full(24, (memory + 63) // 64 * 64)
+    at[1:] += np.cumsum((sizes + 256 + 63) // 64 * 64)  # kernels read up to 256 bytes behind some
+    return Scratch(*to_fixed_tuple(at, 24))
+
+
+@njit(nogil=True, cache=True)
+def allocate_scratch(sizes, widths, heights, res):
+    """(memory, Scratch in it) for samples of these bytes, widths and heights."""
+    largest = (sizes.max(), widths.max(), heights.max(), (widths * heights).max(), res)
+    memory = np.empty(lay_out_scratch(0, *largest).end // 8 + 8, np.int64)
+    return memory, lay_out_scratch(memory.ctypes.data, *largest)
 
 
 def make_scratch(sizes, widths, heights, res):
-    """(memory, Scratch in it) for samples of these bytes, widths and heights; binds the library."""
+    """allocate_scratch, for Python: binds the library."""
     bind()
-    largest = [int(a.max()) for a in (sizes, widths, heights, widths * heights)]
-    nbytes = lay_out_scratch(0, *largest, res).end
-    memory = np.empty(nbytes // 8 + 8, np.int64)
-    return memory, lay_out_scratch((memory.ctypes.data + 63) // 64 * 64, *largest, res)
-
-
-@njit
-def store_place(at, coefs, dc_table, ac_table, predictor):
-    store_int64(at, coefs)
-    store_int64(at + 8, dc_table)
-    store_int64(at + 16, ac_table)
-    store_int64(at + 24, predictor)
+    return allocate_scratch(sizes, widths, heights, res)
 
 
 @njit
 def list_places(info, first, last, col0, col1, scratch):
     """Where the blocks of a row's MCUs first to last go; those outside col0 to col1 into the trash.
 
-    Returns the bytes of a row's coefficients: the groups of luma, of Cb, of Cr, and of trash.
+    Returns the bytes of a row's coefficients: groups of trash, of luma's rows, of Cb, of Cr.
     """
-    across = info[H_SAMP]
-    down = info[V_SAMP]
-    luma_groups = ((col1 - col0) * across + 7) // 8
-    chroma_groups = (col1 - col0 + 7) // 8
-    trash = (luma_groups * down + 2 * chroma_groups) * GROUP
     store_int64(scratch.wait, 0)  # what a waiting stream reads, and one entry of each table
-    store_int32(scratch.wait + 8, 1 << 16 | ESCAPE << 8)
-    store_int32(scratch.wait + 12, 0)
-    place = scratch.places
-    store_place(place, scratch.coefs + trash, scratch.wait + 8, scratch.wait + 12, PREDICTORS)
+    store_int64(scratch.wait + 8, 1 << 16 | ESCAPE << 8)
+    places = int64s_at(scratch.places, (1 + 6 * (last - first), PLACE_SIZE // 8))
+    places[0] = (scratch.coefs, scratch.wait + 8, scratch.wait + 12, PREDICTORS)
+    n = 1
     for column in range(first, last):
+        group = 1
         for c in range(info[COMPONENTS]):
-            for v in range(down if c == 0 else 1):
-                for h in range(across if c == 0 else 1):
-                    block = column - col0
-                    group = luma_groups * down + (c - 1) * chroma_groups
-                    if c == 0:
-                        block = block * across + h
-                        group = luma_groups * v
+            across = info[H_SAMP] if c == 0 else 1
+            dc_table = scratch.tables + TABLE * info[DC + c]
+            ac_table = scratch.tables + TABLE * info[AC + c]
+            for _ in range(info[V_SAMP] if c == 0 else 1):
+                for h in range(across):
+                    block = (column - col0) * across + h
                     offset = (group + (block >> 3)) * GROUP + 2 * (block & 7)
-                    offset = offset if col0 <= column < col1 else trash
-                    place += PLACE_SIZE
-                    dc_table = scratch.tables + TABLE * info[DC + c]
-                    ac_table = scratch.tables + TABLE * info[AC + c]
-                    store_place(place, scratch.coefs + offset, dc_table, ac_table,
-                                PREDICTORS + 8 * c)
-    return trash + GROUP
+                    coefs = scratch.coefs + (offset if col0 <= column < col1 else 0)
+                    places[n] = (coefs, dc_table, ac_table, PREDICTORS + 8 * c)
+                    n += 1
+                group += ((col1 - col0) * across + 7) // 8
+    return group * GROUP
 
 
 @njit
-def store_unit(at, first_bit, bit_low, bit_high, place, place_end):
-    store_int64(at, first_bit)
-    store_int64(at + BIT_LOW, bit_low)
-    store_int64(at + BIT_HIGH, bit_high)
-    store_int64(at + PLACE, place)
-    store_int64(at + PLACE_END, place_end)
-    for c in range(3):
-        store_int64(at + PREDICTORS + 8 * c, 0)
-
-
-@njit
-def list_units(info, scratch, k, row, across, first, last):
+def list_units(info, k, row, across, first, last, scratch):
     """The units of a row's MCUs first to last, and their data, k MCUs each, without stuffing."""
-    starts = int64s_at(scratch.starts, scratch.num_starts)
     block_bytes = PLACE_SIZE * (info[H_SAMP] * info[V_SAMP] + info[COMPONENTS] - 1)
-    places = scratch.places + PLACE_SIZE
-    begin = scratch.units + 8  # behind the address of the next
-    store_unit(begin, 0, 0, 0, 0, PLACE_SIZE)  # where streams begin: it ends at once
-    store_int64(scratch.streams, begin)
-    store_int64(scratch.streams + 8, begin)
-    unit = begin + UNIT_SIZE
-    store_int64(scratch.units, unit)
+    places = scratch.places + PLACE_SIZE - block_bytes * first
+    units = int64s_at(scratch.units, (last - first + 3, UNIT_SIZE // 8))
+    units[0] = (0, 0, 0, 0, 0, PLACE_SIZE, 0, 0, 0)  # where streams begin: it ends at once
+    streams = int64s_at(scratch.streams, (3,))
+    streams[:2] = scratch.units
+    streams[2] = scratch.units + UNIT_SIZE
     clean = scratch.clean
+    n = 1
     for column in range(first, last, k):
-        number = (row * across + column) // k
-        if number * k < row * across:  # no markers: it goes on where the row before ended
-            store_int64(unit, load_int64(unit + BIT_LAST))
+        interval = (row * across + column) // k
+        if interval * k < row * across:  # no markers: it goes on where the row before ended
+            units[n, 0] = units[n, BIT_LAST // 8]
         else:
-            n = unstuff(starts[number], starts[number + 1] - 2, clean)
-            end = 8 * (clean + n)
+            start = load_int64(scratch.starts + 8 * interval)
+            end = load_int64(scratch.starts + 8 * interval + 8) - 2
+            size = unstuff(start, end, clean)
             stop = min(column + k, last)
-            whole = stop == column + k  # then it ends within a byte
-            store_unit(unit, 8 * clean, end - 7 if whole else 0, end,
-                       places + block_bytes * (column - first),
-                       places + block_bytes * (stop - first))
-            clean += n
-        unit += UNIT_SIZE
+            bit_high = 8 * (clean + size)
+            bit_low = bit_high - 7 if stop == column + k else 0  # a whole one ends within a byte
+            units[n] = (8 * clean, bit_low, bit_high, 0, places + block_bytes * column,
+                        places + block_bytes * stop, 0, 0, 0)
+            clean += size
+        n += 1
     for _ in range(2):  # for two streams to wait in
-        store_unit(unit, 8 * scratch.wait, 0, 8 * scratch.wait + 64, scratch.places, 0)
-        unit += UNIT_SIZE
+        units[n] = (8 * scratch.wait, 0, 8 * scratch.wait + 64, 0, scratch.places, 0, 0, 0, 0)
+        n += 1
 
 
 @njit
 def row_to_planes(info, plane, row, scratch):
     """One MCU row's coefficients become samples of the planes."""
-    coefs = scratch.coefs
+    coefs = scratch.coefs + GROUP
     for c in range(info[COMPONENTS]):
         stride = plane[c, STRIDE]
         quants = scratch.quants + 256 * info[QUANT + c]
@@ -1118,8 +1088,8 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
     without markers, all that lies before its end. UNKNOWN: nothing was done, libjpeg-turbo should.
     Reference: libjpeg-turbo's planes of the whole picture.
     """
-    info = int64s_at(scratch.info, INFO_SIZE)
-    plane = planes_at(scratch.plane)
+    info = int64s_at(scratch.info, (INFO_SIZE,))
+    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
     code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
     if code != OK or info[WIDTH] != width or info[HEIGHT] != height:
         return UNKNOWN
@@ -1143,25 +1113,21 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
     needed = ((row1 - 1) * across + col1 + k - 1) // k
     for i in range(256):
         store_int64(scratch.zigzag + 8 * i, 16 * ZIGZAG[i] if i < 64 else GROUP - 16)
-    starts = int64s_at(scratch.starts, scratch.num_starts)
+    starts = int64s_at(scratch.starts, (needed + 1,))
     if find_intervals(address + size, info, starts, needed) != needed:
         return BROKEN
     at = scratch.planes
     for c in range(info[COMPONENTS]):
-        p = plane[c]
-        p[STEP_X] = 1 if c == 0 else info[H_SAMP]
-        p[STEP_Y] = 1 if c == 0 else info[V_SAMP]
-        p[ADDRESS] = at
-        p[STRIDE] = ((col1 - col0) * mcu_w // p[STEP_X] + 63) // 64 * 64
-        p[LEFT] = col0 * mcu_w
-        p[TOP] = row0 * mcu_h
-        p[BY_GROUPS] = 1
-        at += p[STRIDE] * (row1 - row0) * mcu_h // p[STEP_Y]
+        step_x = 1 if c == 0 else info[H_SAMP]
+        step_y = 1 if c == 0 else info[V_SAMP]
+        stride = ((col1 - col0) * mcu_w // step_x + 63) // 64 * 64
+        plane[c] = (at, stride, col0 * mcu_w, row0 * mcu_h, step_x, step_y, 1)
+        at += stride * (row1 - row0) * mcu_h // step_y
     row_bytes = list_places(info, first, last, col0, col1, scratch)
     for row in range(first_row, row1):
         memset(scratch.coefs, 0, row_bytes)
-        list_units(info, scratch, k, row, across, first, last)
-        if decode_units(scratch.streams, scratch.units, scratch.zigzag, scratch.places) != OK:
+        list_units(info, k, row, across, first, last, scratch)
+        if decode_units(scratch.streams, scratch.zigzag, scratch.places) != OK:
             return BROKEN
         if row >= row0:
             row_to_planes(info, plane, row - row0, scratch)
@@ -1380,20 +1346,14 @@ def resize_columns(luma, chroma, components, ycc, res, flip, to, scratch):
 def split_rgb(rgb, width, x, y, w, h, scratch):
     """Takes the box of an interleaved RGB picture apart into three planes of int8."""
     stride = (w + 63) // 64 * 64
-    plane = planes_at(scratch.plane)
+    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
     for c in range(3):
-        p = plane[c]
-        p[ADDRESS] = scratch.split + c * h * stride
-        p[STRIDE] = stride
-        p[LEFT] = x
-        p[TOP] = y
-        p[STEP_X] = 1
-        p[STEP_Y] = 1
-        p[BY_GROUPS] = 0
+        to = scratch.split + c * h * stride
+        plane[c] = (to, stride, x, y, 1, 1, 0)
         for row in range(h):
             line = rgb + 3 * ((y + row) * width + x) + c
             for i in range(w):
-                store_byte(p[ADDRESS] + row * stride + i, load_byte(line + 3 * i) ^ 128)
+                store_byte(to + row * stride + i, load_byte(line + 3 * i) ^ 128)
 
 
 @njit(nogil=True, cache=True)
@@ -1433,8 +1393,8 @@ def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
 @njit
 def write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch):
     """A box of decoded planes, resized and flipped, to res * res * 3 bytes of RGB."""
-    plane = planes_at(scratch.plane)
-    components = int64s_at(scratch.info, INFO_SIZE)[COMPONENTS] if ycc else 3
+    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
+    components = int64s_at(scratch.info, (INFO_SIZE,))[COMPONENTS] if ycc else 3
     ycc = ycc and components == 3
     luma = resize_rows(plane[:1], x, y, w, h, res, bicubic, 32, scratch.luma_axis, scratch.luma,
                        scratch)
@@ -1550,10 +1510,7 @@ def fill_share(table, scale, ratio, seed, epoch, res, bicubic, codes):
     """
     if len(table) == 0:
         return
-    most = (table[:, 1].max(), table[:, 3].max(), table[:, 4].max(),
-            (table[:, 3] * table[:, 4]).max(), res)
-    memory = np.empty(lay_out_scratch(0, *most).end // 8 + 8, np.int64)
-    scratch = lay_out_scratch((memory.ctypes.data + 63) // 64 * 64, *most)
+    memory, scratch = allocate_scratch(table[:, 1], table[:, 3], table[:, 4], res)
     for i in range(len(table)):
         address, size, mode, width, height, draw, to = table[i]
         x, y, w, h = random_box(width, height, scale, ratio, seed, epoch, draw, 0)
@@ -1915,10 +1872,11 @@ class Epoch:
             loader.interpolation == "bicubic", loader.seed, loader.epoch, loader.scale,
             loader.ratio, loader.hflip, loader.crop_ratio)
         bind()
-        with kernel_cache(fill, COMPILING):
-            memory, scratch = self._make_scratch()
-            fill(self.job, scratch, start)  # returns: nothing is granted yet
-            advance(self.limit, 0)
+        if not fill.signatures:
+            with kernel_cache(fill, COMPILING):
+                memory, scratch = self._make_scratch()
+                fill(self.job, scratch, start)  # returns: nothing is granted yet
+                advance(self.limit, 0)
         work = [self._fill_batches] * loader.num_workers
         if loader.order == "pages":
             work.append(self._read_ahead)
