@@ -26,7 +26,6 @@ import weakref
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import llvmlite.binding
@@ -73,19 +72,13 @@ class DataError(ValueError):
 def load_turbojpeg():
     """libjpeg-turbo as a ctypes.CDLL: the turbojpeg wheel's (version 3), else the system's (2.1).
 
-    Raises ImportError that names both ways to get it. PyTurboJPEG, another package of the same
-    import name, brings no library.
+    Raises ImportError that names both ways to get it.
     """
-    try:
-        files = metadata.files("turbojpeg") or ()
-    except metadata.PackageNotFoundError:
-        files = ()
-    wheel = [str(f.locate()) for f in files if "turbojpeg.libs/libturbojpeg" in str(f)]
+    wheel = [str(path) for folder in sys.path
+             for path in Path(folder).glob("turbojpeg.libs/libturbojpeg*")]
     for path in wheel + ["libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"]:
-        try:
+        with contextlib.suppress(OSError):
             return ctypes.CDLL(path)
-        except OSError:
-            continue
     raise ImportError("libturbojpeg was not found: `pip install turbojpeg` brings version 3 "
                       "(preferred), `apt-get install libturbojpeg0` version 2.1; either will do.")
 
@@ -157,7 +150,6 @@ COMPILING = ("essl_loader: compiling the loader's kernels, once, about 20 s; lat
              "them from numba's cache.")
 
 
-F = np.float32
 U = np.uint64
 
 
@@ -479,13 +471,13 @@ def advance(limit, batches):
 @njit(nogil=True, cache=True)
 def uniform(seed, epoch, index, draw):
     """The draw-th number in [0, 1) of sample `index` in `epoch`: splitmix64 over the four."""
-    z = np.uint64(seed)
-    for word in (np.uint64(epoch), np.uint64(index), np.uint64(draw)):
-        z = (z ^ word) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0xD1B54A32D192ED03)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return np.float64(z >> np.uint64(11)) * 2.0 ** -53
+    z = U(seed)
+    for word in (U(epoch), U(index), U(draw)):
+        z = (z ^ word) * U(0x9E3779B97F4A7C15) + U(0xD1B54A32D192ED03)
+        z = (z ^ (z >> U(30))) * U(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> U(27))) * U(0x94D049BB133111EB)
+        z = z ^ (z >> U(31))
+    return np.float64(z >> U(11)) * 2.0 ** -53
 
 
 FLIP_DRAW = 40  # random_box uses draws 0 to 39
@@ -657,7 +649,7 @@ def parse_jpeg(source, size, info, tables, quants):
                 for k in range(64):
                     natural = ZIGZAG[k]
                     scale = AAN[natural >> 3] * AAN[natural & 7] / 8
-                    store_float(quants + 256 * t + 4 * natural, F(load_byte(p + 1 + k) * scale))
+                    store_float(quants + 256 * t + 4 * natural, load_byte(p + 1 + k) * scale)
                 info[TABLES] |= 16 << t
                 p += 65
         elif marker == 0xFFC4:  # Huffman tables
@@ -965,44 +957,38 @@ def inverse_dct(coefs, quants, work, to, stride):
 
 
 # One thread's memory: addresses. A plane's row in `plane`: its address, stride, first column and
-# row, pixels that a sample is wide and high, whether its columns lie as inverse_dct leaves them.
+# row, pixels that a sample is wide and high, whether it is Y, Cb or Cr as inverse_dct leaves it.
 Scratch = namedtuple("Scratch", (
     "raw clean starts info plane tables quants zigzag wait streams units places coefs work planes "
     "split rows_axis luma_axis chroma_axis strip luma chroma resized end"))
-ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, BY_GROUPS, PLANE_SIZE = range(8)
+ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, YCC, PLANE_SIZE = range(8)
 
 
 @njit(nogil=True, cache=True)
-def lay_out_scratch(memory, max_bytes, max_width, max_height, max_area, res):
-    """Scratch at an address, for samples of at most these bytes, sides and pixels; end: its end."""
-    side = max(max_width, max_height) + 144  # with the MCUs and groups that stick out
-    area = max_area + 288 * side
-    out = (res + 31) // 32 * 32
+def allocate_scratch(bytes_of, widths, heights, res):
+    """(memory, Scratch in it) for samples of these bytes, widths and heights."""
+    side = max(widths.max(), heights.max()) + 144  # with the MCUs and groups that stick out
+    area = (widths * heights).max() + 288 * side
     mcus = side // 8  # of a row, at least 16 too many
+    out = (res + 31) // 32 * 32
     most_taps = 4 * side // res + 8
     axis = 8 * (side + most_taps) + 4 * (res + 8) * (most_taps + 1)  # see Axis
     sizes = np.array((
-        max_bytes, max_bytes, area // 8, 8 * INFO_SIZE, 24 * PLANE_SIZE, 4 * TABLE, 4 * 256,
-        8 * 256, 16, 24, UNIT_SIZE * mcus, 6 * PLACE_SIZE * mcus, GROUP * mcus, 2048, 3 * area,
-        3 * area, axis, axis, axis, 192 * out + 32 * most_taps, out * side, 2 * out * side,
-        3 * out * out))
-    at = np.full(24, (memory + 63) // 64 * 64)
-    at[1:] += np.cumsum((sizes + 256 + 63) // 64 * 64)  # kernels read up to 256 bytes behind some
-    return Scratch(*to_fixed_tuple(at, 24))
+        bytes_of.max(), bytes_of.max(), area // 8, 8 * INFO_SIZE, 24 * PLANE_SIZE, 4 * TABLE,
+        4 * 256, 8 * 256, 16, 24, UNIT_SIZE * mcus, 6 * PLACE_SIZE * mcus, GROUP * mcus, 2048,
+        3 * area, 3 * area, axis, axis, axis, 192 * out + 32 * most_taps, out * side,
+        2 * out * side, 3 * out * out))
+    ends = np.cumsum((sizes + 256 + 63) // 64 * 64)  # kernels read up to 256 bytes behind some
+    memory = np.empty(ends[-1] // 8 + 8, np.int64)
+    at = np.full(24, (memory.ctypes.data + 63) // 64 * 64)
+    at[1:] += ends
+    return memory, Scratch(*to_fixed_tuple(at, 24))
 
 
-@njit(nogil=True, cache=True)
-def allocate_scratch(sizes, widths, heights, res):
-    """(memory, Scratch in it) for samples of these bytes, widths and heights."""
-    largest = (sizes.max(), widths.max(), heights.max(), (widths * heights).max(), res)
-    memory = np.empty(lay_out_scratch(0, *largest).end // 8 + 8, np.int64)
-    return memory, lay_out_scratch(memory.ctypes.data, *largest)
-
-
-def make_scratch(sizes, widths, heights, res):
-    """allocate_scratch, for Python: binds the library."""
+def make_scratch(bytes_of, widths, heights, res):
+    """allocate_scratch, for Python; binds the library."""
     bind()
-    return allocate_scratch(sizes, widths, heights, res)
+    return allocate_scratch(bytes_of, widths, heights, res)
 
 
 @njit
@@ -1136,22 +1122,19 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
 
 # --- kernels: antialiased resize. Reference: Pillow's resize of the crop, plane by plane
 @njit(forceinline=True)
-def filter_values(d, bicubic):
-    """The triangle, or Keys' cubic with a = -0.5, at eight distances d >= 0; without branches."""
-    near = clamp(d, 0, 1)  # each of the two pieces is 0 where the other is meant
-    if not bicubic:
-        return 1 - near
-    far = clamp(d, 1, 2)
-    near_value = (1.5 * near - 2.5) * near * near + 1
-    far_value = (2.5 - 0.5 * far) * far - 4
-    return near_value + far_value * far + 2
-
-
-@njit(forceinline=True)
 def pixel_weights(pixels, centers, low, high, narrower, bicubic):
-    """The filter's values at eight pixels, each for its output; 0 outside of low to high."""
-    inside = clamp(pixels - low + 1, 0, 1) * clamp(high - pixels + 1, 0, 1)
-    return filter_values(magnitude(pixels - centers) * narrower, bicubic) * inside
+    """The filter at eight pixels, each for its output; 0 outside of low to high; no branches.
+
+    The triangle, or Keys' cubic with a = -0.5.
+    """
+    d = magnitude(pixels - centers) * narrower
+    near = clamp(d, 0, 1)
+    values = 1 - near
+    if bicubic:  # each of its two pieces is 0 where the other is meant
+        far = clamp(d, 1, 2)
+        far_value = (2.5 - 0.5 * far) * far - 4
+        values = (1.5 * near - 2.5) * near * near + 1 + far_value * far + 2
+    return values * (clamp(pixels - low + 1, 0, 1) * clamp(high - pixels + 1, 0, 1))
 
 
 # One axis of a resize. Output i is the sum over t of weight (i, t) * the row at address
@@ -1282,7 +1265,7 @@ def resize_rows(planes, x, y, w, h, res, bicubic, half_level, axis_memory, to, s
                      axis_memory, scratch.strip)
     for i in range(cols + axis.taps):
         position = col0 + min(i, cols - 1) - start
-        if p[BY_GROUPS]:  # column c of block b at 8 * c + b
+        if p[YCC]:  # column c of block b at 8 * c + b
             position = (position & ~63) + 8 * (position & 7) + (position >> 3 & 7)
         store_int64(axis.rows + 8 * i, to + position * stride)
     return axis
@@ -1375,11 +1358,11 @@ def decode_rgb(address, size, width, height, found, to):
 
 @njit
 def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
-    """The planes of a box of one stored sample: (code of REASONS, False if they are R, G, B)."""
+    """One stored sample's box to scratch.plane, Y, Cb, Cr or R, G, B; returns a code of REASONS."""
     if mode == 0:
         code = decode_planes(address, size, width, height, x, y, w, h, scratch)
         if code != UNKNOWN:
-            return code, True
+            return code
         rgb = scratch.planes
         code = decode_rgb(address, size, width, height, scratch.info, rgb)
     else:
@@ -1387,21 +1370,22 @@ def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
         code = OK if size == 3 * width * height else OTHER_SIZE
     if code == OK:
         split_rgb(rgb, width, x, y, w, h, scratch)
-    return code, False
+    return code
 
 
 @njit
-def write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch):
+def write_crop(x, y, w, h, res, bicubic, flip, to, scratch):
     """A box of decoded planes, resized and flipped, to res * res * 3 bytes of RGB."""
     plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
+    ycc = plane[0, YCC] == 1
     components = int64s_at(scratch.info, (INFO_SIZE,))[COMPONENTS] if ycc else 3
-    ycc = ycc and components == 3
     luma = resize_rows(plane[:1], x, y, w, h, res, bicubic, 32, scratch.luma_axis, scratch.luma,
                        scratch)
     chroma = luma
     if components == 3:
         chroma = resize_rows(plane[1:], x, y, w, h, res, bicubic, 0 if ycc else 32,
                              scratch.chroma_axis, scratch.chroma, scratch)
+    ycc = ycc and components == 3
     resize_columns(luma, chroma, components, ycc, res, flip, to, scratch)
 
 
@@ -1411,9 +1395,9 @@ def resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic, f
 
     Returns a code of REASONS. Reference: Pillow's decode, crop, resize.
     """
-    code, ycc = decode_sample(address, size, mode, width, height, x, y, w, h, scratch)
+    code = decode_sample(address, size, mode, width, height, x, y, w, h, scratch)
     if code == OK:
-        write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch)
+        write_crop(x, y, w, h, res, bicubic, flip, to, scratch)
     return code
 
 
@@ -1467,16 +1451,15 @@ def fill_row(job, scratch, i, draw, address, view_stride):
         top = min(top, y)
         right = max(right, x + w)
         bottom = max(bottom, y + h)
-    code, ycc = decode_sample(scratch.raw, size, job.modes[i], width, height, left, top,
-                              right - left, bottom - top, scratch)
+    code = decode_sample(scratch.raw, size, job.modes[i], width, height, left, top, right - left,
+                         bottom - top, scratch)
     if code != OK:
         return code
     for view in range(job.views):
         x, y, w, h = box_of(job, width, height, draw, view)
         flip_draw = uniform(job.seed, job.epoch, draw, VIEW_DRAWS * view + FLIP_DRAW)
         flip = job.train and flip_draw < job.hflip
-        write_crop(ycc, x, y, w, h, job.res, job.bicubic, flip, address + view * view_stride,
-                   scratch)
+        write_crop(x, y, w, h, job.res, job.bicubic, flip, address + view * view_stride, scratch)
     return OK
 
 
@@ -1677,7 +1660,7 @@ def check(name, value, good, expected):
 
 
 @dataclass(eq=False, repr=False)
-class EpochLoader:
+class EpochLoader(contextlib.AbstractContextManager):
     """What both loaders share: which sample comes when, a pure function of (seed, epoch)."""
 
     path: str | Path
@@ -1830,9 +1813,6 @@ class EpochLoader:
     def close(self):
         self.closed = True
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exc):
         self.close()
 
@@ -1853,30 +1833,27 @@ class Epoch:
         reader = loader.reader
         size = loader.batch_size
         self.loader = loader
-        self.samples = loader.indices[positions]
         self.start = start
         self.end = len(loader)
         self.granted = start  # the batches before this one may be filled
         self.filling = {}  # batch: its buffer
-        self.free = loader.free_buffers
         self.complete = set()
         self.events = queue.SimpleQueue()  # from the threads: numbers of batches, exceptions
         self.fills = threading.Semaphore(0)  # wakes the threads: as many as there are for a batch
         self.reads = threading.Semaphore(AHEAD)  # batches that may be read ahead
         self.stopped = False
-        self.limit = np.array([start])
         self.job = Job(
             reader.file.fileno(), reader.modes, reader.widths, reader.heights, reader.ptrs,
-            reader.sizes, self.samples, positions, self.limit, *np.zeros((3, self.end), np.int64),
-            np.zeros((self.end, size), np.int64), loader.train, loader.res, size, loader.views,
-            loader.interpolation == "bicubic", loader.seed, loader.epoch, loader.scale,
-            loader.ratio, loader.hflip, loader.crop_ratio)
+            reader.sizes, loader.indices[positions], positions, np.array([start]),
+            *np.zeros((3, self.end), np.int64), np.zeros((self.end, size), np.int64), loader.train,
+            loader.res, size, loader.views, loader.interpolation == "bicubic", loader.seed,
+            loader.epoch, loader.scale, loader.ratio, loader.hflip, loader.crop_ratio)
         bind()
         if not fill.signatures:
             with kernel_cache(fill, COMPILING):
                 memory, scratch = self._make_scratch()
                 fill(self.job, scratch, start)  # returns: nothing is granted yet
-                advance(self.limit, 0)
+                advance(self.job.limit, 0)
         work = [self._fill_batches] * loader.num_workers
         if loader.order == "pages":
             work.append(self._read_ahead)
@@ -1914,7 +1891,7 @@ class Epoch:
             self.reads.acquire()
             if self.stopped:
                 return
-            numbers = reader.ptrs[self.samples[batch * size:(batch + 1) * size]] // window
+            numbers = reader.ptrs[self.job.samples[batch * size:(batch + 1) * size]] // window
             for number in sorted(set(numbers.tolist()) - asked):
                 asked.add(number)
                 end = min((number + 1) * window, reader.size)
@@ -1926,19 +1903,20 @@ class Epoch:
     def _grant(self):
         """Lets the threads fill one batch more, into a buffer that no tensor holds."""
         job = self.job
+        free = self.loader.free_buffers
         nbytes = job.views * job.batch_size * 3 * job.res ** 2
-        while self.free and self.free[-1].nbytes != nbytes:  # of another resolution
-            self.free.pop()
-        if not self.free:
+        while free and free[-1].nbytes != nbytes:  # of another resolution
+            free.pop()
+        if not free:
             pinned = self.loader.device.type == "cuda"
-            self.free.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy())
-        buffer = self.free.pop()
+            free.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy())
+        buffer = free.pop()
         view = buffer[:]  # lives as long as a tensor made from it; then the buffer is free again
-        weakref.finalize(view, self.free.append, buffer)
+        weakref.finalize(view, free.append, buffer)
         self.filling[self.granted] = view
         job.addresses[self.granted] = buffer.ctypes.data
         self.granted += 1
-        advance(self.limit, 1)
+        advance(job.limit, 1)
         self.fills.release(self.loader.num_workers)
         self.reads.release()
 
@@ -1954,7 +1932,7 @@ class Epoch:
             if isinstance(event, BaseException):
                 raise RuntimeError(f"{reader.path}: loading ended: {event!r}.") from event
             self.complete.add(event)
-        samples = self.samples[batch * job.batch_size:(batch + 1) * job.batch_size]
+        samples = job.samples[batch * job.batch_size:(batch + 1) * job.batch_size]
         bad = np.flatnonzero(job.status[batch])
         if len(bad):
             raise reader.sample_error(samples[bad[0]], REASONS[int(job.status[batch, bad[0]])])
@@ -1968,7 +1946,7 @@ class Epoch:
         if os.getpid() != self.loader._process:
             return  # in a fork the threads are missing
         self.stopped = True
-        advance(self.limit, -2 * self.end)  # the kernels return after the image at hand
+        advance(self.job.limit, -2 * self.end)  # the kernels return after the image at hand
         self.fills.release(len(self.threads))
         self.reads.release()
         for thread in self.threads:
@@ -2173,8 +2151,7 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
     from ffcv.pipeline.compiler import Compiler
     res = int(output_size[0])
     check("output_size", output_size, res == output_size[1], "a square")
-    check("interpolation", interpolation, interpolation in ("bicubic", "bilinear"),
-          "'bicubic' or 'bilinear'")
+    check("interpolation", interpolation, interpolation in INTERPOLATIONS, INTERPOLATIONS)
     bicubic = interpolation == "bicubic"
     scale = (float(scale[0]), float(scale[1]))
     ratio = (float(ratio[0]), float(ratio[1]))
