@@ -707,7 +707,7 @@ def parse_jpeg(source, size, info, tables, quants):
 def find_intervals(end, info, starts, needed):
     """Addresses of the first `needed` restart intervals, and of what follows the last one's marker.
 
-    Returns how many there are up to there, -1 where the markers are not in sequence.
+    False where they are not all there, or their markers not in sequence.
     """
     at = info[SCAN]
     n = 0
@@ -725,11 +725,9 @@ def find_intervals(end, info, starts, needed):
         at += 1
         n += 1
         starts[n] = at
-        if marker == 0xD9:
-            return n
-        if marker != 0xD0 + ((n - 1) & 7):
-            return -1
-    return n
+        if marker != 0xD0 + ((n - 1) & 7):  # after the picture's last one it is the end's
+            return n == needed and marker == 0xD9
+    return n == needed
 
 
 @njit
@@ -863,7 +861,7 @@ def after_symbol(stream, units, zigzag, entry, position, count, table, coefs, pl
 
 @njit
 def decode_units(streams, zigzag, waiting):
-    """Decodes all units of a list to coefficients: ITU-T T.81, annex F; OK or BROKEN.
+    """Decodes all units of a list to coefficients: ITU-T T.81, annex F; False if one is damaged.
 
     Two streams take turns symbol by symbol, so that the latency of one's look-up hides behind the
     other's. A refill lasts for five symbols. The zigzag table has 256 rows: those that are no
@@ -877,7 +875,7 @@ def decode_units(streams, zigzag, waiting):
     word1, position1, count1, table1, coefs1, place1 = next_block(one, units, 0, 0)
     word2, position2, count2, table2, coefs2, place2 = next_block(two, units, 0, 0)
     if place1 == DAMAGED or place2 == DAMAGED:
-        return BROKEN
+        return False
     while True:
         for _ in range(5):
             word1, count1, entry = next_symbol(word1, count1, table1, coefs1, zigzag)
@@ -885,13 +883,13 @@ def decode_units(streams, zigzag, waiting):
                 word1, position1, count1, table1, coefs1, place1 = after_symbol(
                     one, units, zigzag, entry, position1, count1, table1, coefs1, place1)
                 if place1 == DAMAGED or (place1 == waiting and place2 == waiting):
-                    return BROKEN if place1 == DAMAGED else OK
+                    return place1 != DAMAGED
             word2, count2, entry = next_symbol(word2, count2, table2, coefs2, zigzag)
             if unlikely(count2 >= BLOCK_DONE):
                 word2, position2, count2, table2, coefs2, place2 = after_symbol(
                     two, units, zigzag, entry, position2, count2, table2, coefs2, place2)
                 if place2 == DAMAGED or (place1 == waiting and place2 == waiting):
-                    return BROKEN if place2 == DAMAGED else OK
+                    return place2 != DAMAGED
         position1 += count1 & 255
         count1 &= -256
         word1 = bits_at(position1)
@@ -1100,7 +1098,7 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
     for i in range(256):
         store_int64(scratch.zigzag + 8 * i, 16 * ZIGZAG[i] if i < 64 else GROUP - 16)
     starts = int64s_at(scratch.starts, (needed + 1,))
-    if find_intervals(address + size, info, starts, needed) != needed:
+    if not find_intervals(address + size, info, starts, needed):
         return BROKEN
     at = scratch.planes
     for c in range(info[COMPONENTS]):
@@ -1113,7 +1111,7 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
     for row in range(first_row, row1):
         memset(scratch.coefs, 0, row_bytes)
         list_units(info, k, row, across, first, last, scratch)
-        if decode_units(scratch.streams, scratch.zigzag, scratch.places) != OK:
+        if not decode_units(scratch.streams, scratch.zigzag, scratch.places):
             return BROKEN
         if row >= row0:
             row_to_planes(info, plane, row - row0, scratch)
