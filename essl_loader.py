@@ -1338,15 +1338,14 @@ def split_rgb(rgb, width, x, y, w, h, scratch):
 
 
 @njit(nogil=True, cache=True)
-def decode_rgb(address, size, width, height, found, to):
-    """A whole JPEG of any kind, by libjpeg-turbo, to RGB at `to`: a code of REASONS.
-
-    found: memory for 16 bytes, which its header says.
-    """
+def decode_rgb(address, size, width, height, to):
+    """A whole JPEG of any kind, by libjpeg-turbo, to RGB at `to`: a code of REASONS."""
     handle = tj_init()
+    found = np.zeros(4, np.int32)  # width, height, subsampling, colour space
+    at = found.ctypes.data
     code = BROKEN
-    if tj_header(handle, address, size, found, found + 4, found + 8, found + 12) == 0:
-        if load_int32(found) != width or load_int32(found + 4) != height:
+    if tj_header(handle, address, size, at, at + 4, at + 8, at + 12) == 0:
+        if found[0] != width or found[1] != height:
             code = OTHER_SIZE
         elif tj_rgb(handle, address, size, to, width, 0, height, 0, STOP_ON_WARNING) == 0:
             code = OK
@@ -1362,7 +1361,7 @@ def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
         if code != UNKNOWN:
             return code
         rgb = scratch.planes
-        code = decode_rgb(address, size, width, height, scratch.info, rgb)
+        code = decode_rgb(address, size, width, height, rgb)
     else:
         rgb = address
         code = OK if size == 3 * width * height else OTHER_SIZE
@@ -1622,11 +1621,10 @@ class BetonReader:
         code = OK if len(stored) == 3 * width * height else OTHER_SIZE
         if self.modes[i] == 0:
             pixels = np.empty(3 * width * height, np.uint8)
-            found = np.empty(2, np.int64)
             bind()
             with kernel_cache(decode_rgb):
                 code = decode_rgb(stored.ctypes.data, len(stored), width, height,
-                                  found.ctypes.data, pixels.ctypes.data)
+                                  pixels.ctypes.data)
         if code != OK:
             raise self.sample_error(i, REASONS[code])
         return pixels.reshape(height, width, 3)[y:y + h, x:x + w].copy()
