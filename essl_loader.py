@@ -12,6 +12,7 @@ format, C library, kernels (draws, JPEG, resize, sample), reader, order, loaders
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import math
 import operator
@@ -25,7 +26,6 @@ import weakref
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import llvmlite.binding
@@ -36,6 +36,7 @@ import torch
 from numba import carray, njit, objmode, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
 # --- format: FFCV's .beton, version 2, little-endian
 # | header 24 B | field descriptors 1041 B each | samples | pages ... | allocation table to end |
@@ -71,40 +72,29 @@ class DataError(ValueError):
 def load_turbojpeg():
     """libjpeg-turbo as a ctypes.CDLL: the turbojpeg wheel's (version 3), else the system's (2.1).
 
-    Raises ImportError that names both ways to get it. PyTurboJPEG, another package of the same
-    import name, brings no library.
+    Raises ImportError that names both ways to get it.
     """
-    try:
-        files = metadata.files("turbojpeg") or ()
-    except metadata.PackageNotFoundError:
-        files = ()
-    wheel = [str(f.locate()) for f in files if "turbojpeg.libs/libturbojpeg" in str(f)]
+    wheel = [str(path) for folder in sys.path
+             for path in Path(folder).glob("turbojpeg.libs/libturbojpeg*")]
     for path in wheel + ["libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"]:
-        try:
+        with contextlib.suppress(OSError):
             return ctypes.CDLL(path)
-        except OSError:
-            continue
     raise ImportError("libturbojpeg was not found: `pip install turbojpeg` brings version 3 "
                       "(preferred), `apt-get install libturbojpeg0` version 2.1; either will do.")
 
 
-_bound = []
-
-
+@functools.cache
 def bind():
     """Makes libjpeg-turbo's functions known to the kernels; returns the library.
 
     Every public entry does it; importing the file does nothing.
     """
-    if not _bound:
-        lib = load_turbojpeg()
-        lib.tjInitDecompress.restype = ctypes.c_void_p
-        for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
-            # Under a name of our own: ffcv brings the system's copy into the process.
-            address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
-            llvmlite.binding.add_symbol("essl_" + name, address)
-        _bound.append(lib)
-    return _bound[0]
+    lib = load_turbojpeg()
+    for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
+        # Under a name of our own: ffcv brings the system's copy into the process.
+        address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
+        llvmlite.binding.add_symbol("essl_" + name, address)
+    return lib
 
 
 @contextlib.contextmanager
@@ -116,6 +106,9 @@ def kernel_cache(kernel, notice=""):
     the new index, so the code of another version of this file is removed first. The lock file
     holds the version. `notice` goes to stderr if the kernel has to be compiled.
     """
+    if kernel.signatures:
+        yield
+        return
     source = Path(__file__)
     cache = Path(kernel.stats.cache_path)
     version = f"{source.stat().st_mtime_ns} {source.stat().st_size} {numba.__version__}"
@@ -157,7 +150,6 @@ COMPILING = ("essl_loader: compiling the loader's kernels, once, about 20 s; lat
              "them from numba's cache.")
 
 
-F = np.float32
 U = np.uint64
 
 
@@ -175,9 +167,8 @@ class Vector(types.Type):
 
 
 @register_model(Vector)
-class VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, vector):
-        super().__init__(manager, vector, vector.ir_type)
+def vector_model(manager, vector):
+    return models.PrimitiveModel(manager, vector, vector.ir_type)
 
 
 I8 = ir.IntType(8)
@@ -207,8 +198,17 @@ def emits(result, *arguments, function=None):
     return register
 
 
+def load_from(builder, address, ir_type):
+    """The value of an LLVM type at an address, aligned or not."""
+    return builder.load(builder.inttoptr(address, ir_type.as_pointer()), align=1)
+
+
+def store_to(builder, address, value):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
 def load_and_store(kind, memory_type, extend="sext"):
-    """Two functions for kernels: load a value at an address, aligned or not, and store it there.
+    """Two functions for kernels: load a value from an address, and store it there.
 
     Shorter integers than int64 are extended and cut.
     """
@@ -216,13 +216,12 @@ def load_and_store(kind, memory_type, extend="sext"):
 
     @emits(kind, types.intp)
     def load(builder, address):
-        value = builder.load(builder.inttoptr(address, memory_type.as_pointer()), align=1)
+        value = load_from(builder, address, memory_type)
         return value if same else getattr(builder, extend)(value, I64)
 
     @emits(types.none, types.intp, kind)
     def store(builder, address, value):
-        value = value if same else builder.trunc(value, memory_type)
-        builder.store(value, builder.inttoptr(address, memory_type.as_pointer()), align=1)
+        store_to(builder, address, value if same else builder.trunc(value, memory_type))
     return load, store
 
 
@@ -237,9 +236,8 @@ load_words, store_words = load_and_store(WORDS, WORDS.ir_type)
 
 @emits(types.uint64, types.intp)
 def load_big_endian(builder, address):
-    """The eight bytes at an address, aligned or not, as a big-endian number."""
-    word = builder.load(builder.inttoptr(address, I64.as_pointer()), align=1)
-    return builder.bswap(word)  # the resize needs a little-endian machine too
+    """The eight bytes at an address as a big-endian number."""
+    return builder.bswap(load_from(builder, address, I64))  # on a little-endian machine
 
 
 @emits(types.voidptr, types.intp)
@@ -253,8 +251,8 @@ def atomic_add(builder, address, value):
     return builder.atomic_rmw("add", builder.inttoptr(address, I64.as_pointer()), value, "acq_rel")
 
 
-def call_llvm(builder, name, *args):
-    function_type = ir.FunctionType(args[0].type, [arg.type for arg in args])
+def call_llvm(builder, name, *args, result=None):
+    function_type = ir.FunctionType(result or args[0].type, [arg.type for arg in args])
     return builder.call(builder.module.declare_intrinsic(name, (), function_type), args)
 
 
@@ -264,58 +262,65 @@ def unlikely(builder, condition):
     return call_llvm(builder, "llvm.expect.i1", condition, ir.Constant(ir.IntType(1), 0))
 
 
-def add_operator(operation, instruction, kind, **options):
-    @emits(kind, kind, kind, function=operation)
-    def emit(builder, a, b):
-        return getattr(builder, instruction)(a, b, **options)
-
-
-for operation, instruction in ((operator.add, "add"), (operator.iadd, "add"), (operator.sub, "sub"),
-                               (operator.and_, "and_"), (operator.xor, "xor"),
-                               (operator.lshift, "shl")):
-    add_operator(operation, instruction, WORDS)
-for operation, instruction in ((operator.add, "fadd"), (operator.iadd, "fadd"),
-                               (operator.sub, "fsub"), (operator.mul, "fmul"),
-                               (operator.truediv, "fdiv")):
-    add_operator(operation, instruction, FLOATS, flags=("contract",))  # may become an FMA
-
-
 def shuffle(builder, a, b, lanes):
     """LLVM's shufflevector: lanes of a followed by b."""
     mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
     return builder.shuffle_vector(a, b, mask)
 
 
-def repeated(builder, scalar, ir_type):
-    one = builder.insert_element(ir.Constant(ir_type, ir.Undefined), scalar, ir.Constant(I32, 0))
+def splat(builder, number, ir_type):
+    """A number in every lane, an int64 cut to the lane's size; a vector stays as it is."""
+    if number.type == ir_type:
+        return number
+    if number.type == I64:
+        number = builder.trunc(number, ir_type.element)
+    one = builder.insert_element(ir.Constant(ir_type, ir.Undefined), number, ir.Constant(I32, 0))
     return shuffle(builder, one, one, [0] * ir_type.count)
+
+
+def add_operator(operation, vector, scalar, instruction, **options):
+    """Kernels may write the operation for two vectors, and for a vector and a number."""
+    def emit(builder, a, b):
+        a = splat(builder, a, vector.ir_type)
+        b = splat(builder, b, vector.ir_type)
+        return instruction(builder, a, b, **options)
+    for kinds in ((vector, vector), (vector, scalar), (scalar, vector)):
+        emits(vector, *kinds, function=operation)(emit)
+
+
+for operation, instruction in (
+        (operator.add, ir.IRBuilder.add), (operator.iadd, ir.IRBuilder.add),
+        (operator.sub, ir.IRBuilder.sub), (operator.and_, ir.IRBuilder.and_),
+        (operator.lshift, ir.IRBuilder.shl)):
+    add_operator(operation, WORDS, types.int64, instruction)
+for operation, instruction in (
+        (operator.add, ir.IRBuilder.fadd), (operator.iadd, ir.IRBuilder.fadd),
+        (operator.sub, ir.IRBuilder.fsub), (operator.mul, ir.IRBuilder.fmul),
+        (operator.truediv, ir.IRBuilder.fdiv)):
+    add_operator(operation, FLOATS, types.float32, instruction, flags=("contract",))  # maybe FMAs
 
 
 @emits(WORDS, types.int64)
 def splat_word(builder, number):
-    """A number, an int16, in every lane."""
-    return repeated(builder, builder.trunc(number, I16), WORDS.ir_type)
+    return splat(builder, number, WORDS.ir_type)
+
+
+@emits(FLOATS, types.float32)
+def splat_float(builder, number):
+    return splat(builder, number, FLOATS.ir_type)
 
 
 @emits(WORDS, types.intp)
 def splat_pair(builder, address):
     """The int16 that stands twice in an int32 at an address, in every lane."""
-    number = builder.load(builder.inttoptr(address, I32.as_pointer()), align=4)
-    return builder.bitcast(repeated(builder, number, ir.VectorType(I32, 8)), WORDS.ir_type)
+    pair = load_from(builder, address, I32)
+    return builder.bitcast(splat(builder, pair, ir.VectorType(I32, 8)), WORDS.ir_type)
 
 
-@emits(FLOATS, types.float32)
-def splat_float(builder, number):
-    """A number in every lane."""
-    return repeated(builder, number, FLOATS.ir_type)
-
-
-@emits(FLOATS, types.float32, types.float32)
-def ramp(builder, first, step):
-    """first, first + step, ..., first + 7 * step."""
-    lanes = ir.Constant(FLOATS.ir_type, [float(lane) for lane in range(8)])
-    steps = builder.fmul(lanes, repeated(builder, step, FLOATS.ir_type), flags=("contract",))
-    return builder.fadd(repeated(builder, first, FLOATS.ir_type), steps, flags=("contract",))
+@emits(FLOATS)
+def lane_numbers(builder):
+    """0, 1, ..., 7."""
+    return ir.Constant(FLOATS.ir_type, [float(lane) for lane in range(8)])
 
 
 @emits(FLOATS, FLOATS)
@@ -323,30 +328,28 @@ def magnitude(builder, a):
     return call_llvm(builder, "llvm.fabs.v8f32", a)
 
 
-@emits(FLOATS, FLOATS, types.float32, types.float32)
-def clamp(builder, a, low, high):
-    low = repeated(builder, low, FLOATS.ir_type)  # a comparison and a choice are one instruction
-    high = repeated(builder, high, FLOATS.ir_type)
-    a = builder.select(builder.fcmp_ordered(">", a, low), a, low)
-    return builder.select(builder.fcmp_ordered("<", a, high), a, high)
-
-
 @emits(FLOATS, FLOATS)
 def floor(builder, a):
     return call_llvm(builder, "llvm.floor.v8f32", a)
 
 
+@emits(FLOATS, FLOATS, types.float32, types.float32)
+def clamp(builder, a, low, high):
+    low = splat(builder, low, FLOATS.ir_type)  # a comparison and a choice are one instruction
+    high = splat(builder, high, FLOATS.ir_type)
+    a = builder.select(builder.fcmp_ordered(">", a, low), a, low)
+    return builder.select(builder.fcmp_ordered("<", a, high), a, high)
+
+
 def rounded(builder, floats):
-    name = f"llvm.lrint.v{floats.type.count}i32.v{floats.type.count}f32"
-    function_type = ir.FunctionType(ir.VectorType(I32, floats.type.count), [floats.type])
-    return builder.call(builder.module.declare_intrinsic(name, (), function_type), [floats])
+    n = floats.type.count
+    return call_llvm(builder, f"llvm.lrint.v{n}i32.v{n}f32", floats, result=ir.VectorType(I32, n))
 
 
 @emits(types.none, types.intp, FLOATS)
 def store_integers(builder, address, a):
     """Stores eight numbers, rounded to int32."""
-    numbers = rounded(builder, a)
-    builder.store(numbers, builder.inttoptr(address, numbers.type.as_pointer()), align=4)
+    store_to(builder, address, rounded(builder, a))
 
 
 @emits(types.none, types.intp, FLOATS)
@@ -354,24 +357,23 @@ def store_pairs(builder, address, a):
     """Stores eight numbers, rounded to int16, each twice."""
     wide = ir.VectorType(I32, 8)
     low = builder.and_(rounded(builder, a), ir.Constant(wide, [0xFFFF] * 8))
-    pairs = builder.mul(low, ir.Constant(wide, [0x10001] * 8))
-    builder.store(pairs, builder.inttoptr(address, wide.as_pointer()), align=4)
+    store_to(builder, address, builder.mul(low, ir.Constant(wide, [0x10001] * 8)))
 
 
 @emits(FLOATS, types.intp)
 def load_coefficients(builder, address):
     """Eight int16 as float32."""
-    words = ir.VectorType(I16, 8)
-    value = builder.load(builder.inttoptr(address, words.as_pointer()), align=2)
-    return builder.sitofp(builder.sext(value, ir.VectorType(I32, 8)), FLOATS.ir_type)
+    return builder.sitofp(load_from(builder, address, ir.VectorType(I16, 8)), FLOATS.ir_type)
 
 
-@emits(WORDS, WORDS, WORDS)
 def multiply_high(builder, a, b):
     """(a * b) >> 16: one instruction on x86."""
     wide = ir.VectorType(I32, 16)
     product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
     return builder.trunc(builder.ashr(product, ir.Constant(wide, [16] * 16)), WORDS.ir_type)
+
+
+add_operator(multiply_high, WORDS, types.int64, multiply_high)
 
 
 def clamp_to_byte(builder, value):
@@ -403,14 +405,14 @@ def store_rounded(builder, address, a, b, c, d):
     ab = shuffle(builder, a, b, range(16))
     cd = shuffle(builder, c, d, range(16))
     numbers = clamp_to_byte(builder, rounded(builder, shuffle(builder, ab, cd, range(32))))
-    pointer = builder.inttoptr(address, BYTES.as_pointer())
-    builder.store(builder.trunc(numbers, BYTES), pointer, align=1)
+    store_to(builder, address, builder.trunc(numbers, BYTES))
 
 
 @emits(types.none, types.intp, WORDS, WORDS, WORDS)
 def store_interleaved(builder, address, *planes):
-    """Stores three vectors of 32 bytes as 32 pixels of three bytes."""
-    planes = [builder.bitcast(plane, BYTES) for plane in planes]
+    """Stores three vectors of 32 int8 as 32 pixels of three bytes, 128 higher."""
+    high = ir.Constant(BYTES, [128] * 32)
+    planes = [builder.xor(builder.bitcast(plane, BYTES), high) for plane in planes]
     for half in range(2):
         parts = [shuffle(builder, v, v, range(16 * half, 16 * half + 16)) for v in planes]
         for i in range(3):  # 16 bytes each: two of the three at a time, for byte shuffles
@@ -418,16 +420,14 @@ def store_interleaved(builder, address, *planes):
             rg = shuffle(builder, *parts[:2], [k // 3 + 16 * (k % 3 == 1) for k in places])
             lanes = [k // 3 + 16 if k % 3 == 2 else k - 16 * i for k in places]
             at = builder.add(address, ir.Constant(I64, 48 * half + 16 * i))
-            rgb = shuffle(builder, rg, parts[2], lanes)
-            builder.store(rgb, builder.inttoptr(at, rgb.type.as_pointer()), align=1)
+            store_to(builder, at, shuffle(builder, rg, parts[2], lanes))
 
 
 @emits(types.int64, types.intp)
 def marker_bits(builder, address):
     """A bit for each of 32 bytes that is 0xFF and not followed by 0; reads one more."""
-    here = builder.load(builder.inttoptr(address, BYTES.as_pointer()), align=1)
-    behind = builder.add(address, ir.Constant(I64, 1))
-    behind = builder.load(builder.inttoptr(behind, BYTES.as_pointer()), align=1)
+    here = load_from(builder, address, BYTES)
+    behind = load_from(builder, builder.add(address, ir.Constant(I64, 1)), BYTES)
     is_ff = builder.icmp_unsigned("==", here, ir.Constant(BYTES, [255] * 32))
     not_zero = builder.icmp_unsigned("!=", behind, ir.Constant(BYTES, [0] * 32))
     return builder.zext(builder.bitcast(builder.and_(is_ff, not_zero), I32), I64)
@@ -443,8 +443,7 @@ def transpose_16x32(builder, source, source_stride, target, target_stride):
     """16 rows of 32 bytes at source, in the order of PACKED, become 32 rows of 16 at target."""
     rows = []
     for _ in range(16):
-        pointer = builder.inttoptr(source, BYTES.as_pointer())
-        rows.append(builder.load(pointer, align=1))
+        rows.append(load_from(builder, source, BYTES))
         source = builder.add(source, source_stride)
     # Four times each 16 bytes of row k and of row k + 8 alternate: in the low or high half
     lanes = [[part + 8 * high + i // 2 + 32 * (i % 2) for part in (0, 16) for i in range(16)]
@@ -452,14 +451,14 @@ def transpose_16x32(builder, source, source_stride, target, target_stride):
     for _ in range(4):
         rows = [shuffle(builder, rows[k // 2], rows[k // 2 + 8], lanes[k % 2]) for k in range(16)]
     for i in map(PACKED.index, range(32)):
-        value = shuffle(builder, rows[i % 16], rows[i % 16], range(i // 16 * 16, i // 16 * 16 + 16))
-        builder.store(value, builder.inttoptr(target, value.type.as_pointer()), align=1)
+        half = range(i // 16 * 16, i // 16 * 16 + 16)
+        store_to(builder, target, shuffle(builder, rows[i % 16], rows[i % 16], half))
         target = builder.add(target, target_stride)
 
 
 @njit
-def int64s_at(address, n):
-    return carray(as_pointer(address), (n,), np.int64)
+def int64s_at(address, shape):
+    return carray(as_pointer(address), shape, np.int64)
 
 
 @njit(nogil=True, cache=True)
@@ -472,13 +471,13 @@ def advance(limit, batches):
 @njit(nogil=True, cache=True)
 def uniform(seed, epoch, index, draw):
     """The draw-th number in [0, 1) of sample `index` in `epoch`: splitmix64 over the four."""
-    z = np.uint64(seed)
-    for word in (np.uint64(epoch), np.uint64(index), np.uint64(draw)):
-        z = (z ^ word) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0xD1B54A32D192ED03)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return np.float64(z >> np.uint64(11)) * 2.0 ** -53
+    z = U(seed)
+    for word in (U(epoch), U(index), U(draw)):
+        z = (z ^ word) * U(0x9E3779B97F4A7C15) + U(0xD1B54A32D192ED03)
+        z = (z ^ (z >> U(30))) * U(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> U(27))) * U(0x94D049BB133111EB)
+        z = z ^ (z >> U(31))
+    return np.float64(z >> U(11)) * 2.0 ** -53
 
 
 FLIP_DRAW = 40  # random_box uses draws 0 to 39
@@ -650,7 +649,7 @@ def parse_jpeg(source, size, info, tables, quants):
                 for k in range(64):
                     natural = ZIGZAG[k]
                     scale = AAN[natural >> 3] * AAN[natural & 7] / 8
-                    store_float(quants + 256 * t + 4 * natural, F(load_byte(p + 1 + k) * scale))
+                    store_float(quants + 256 * t + 4 * natural, load_byte(p + 1 + k) * scale)
                 info[TABLES] |= 16 << t
                 p += 65
         elif marker == 0xFFC4:  # Huffman tables
@@ -708,7 +707,7 @@ def parse_jpeg(source, size, info, tables, quants):
 def find_intervals(end, info, starts, needed):
     """Addresses of the first `needed` restart intervals, and of what follows the last one's marker.
 
-    Returns how many there are up to there, -1 where the markers are not in sequence.
+    False where they are not all there, or their markers not in sequence.
     """
     at = info[SCAN]
     n = 0
@@ -726,11 +725,9 @@ def find_intervals(end, info, starts, needed):
         at += 1
         n += 1
         starts[n] = at
-        if marker == 0xD9:
-            return n
-        if marker != 0xD0 + ((n - 1) & 7):
-            return -1
-    return n
+        if marker != 0xD0 + ((n - 1) & 7):  # after the picture's last one it is the end's
+            return n == needed and marker == 0xD9
+    return n == needed
 
 
 @njit
@@ -761,7 +758,8 @@ def unstuff(start, end, clean):
 PLACE_SIZE = 32
 # A unit is an interval that is decoded, or the part of it in the crop, in 64-bit words: bit
 # positions where it begins, may end at the earliest and at the latest, ended; its first place, and
-# the end of its places; three DC predictors. A stream, one word, is the unit that it is at.
+# the end of its places; three DC predictors. A stream, one word, is the unit that it is at; the
+# word after both is the next unit.
 BIT_LOW, BIT_HIGH, BIT_LAST, PLACE, PLACE_END, PREDICTORS = range(8, 56, 8)
 UNIT_SIZE = 72
 DAMAGED = 0
@@ -862,8 +860,8 @@ def after_symbol(stream, units, zigzag, entry, position, count, table, coefs, pl
 
 
 @njit
-def decode_units(streams, units, zigzag, waiting):
-    """Decodes all units of a list to coefficients: ITU-T T.81, annex F; OK or BROKEN.
+def decode_units(streams, zigzag, waiting):
+    """Decodes all units of a list to coefficients: ITU-T T.81, annex F; False if one is damaged.
 
     Two streams take turns symbol by symbol, so that the latency of one's look-up hides behind the
     other's. A refill lasts for five symbols. The zigzag table has 256 rows: those that are no
@@ -873,10 +871,11 @@ def decode_units(streams, units, zigzag, waiting):
     """
     one = streams
     two = streams + 8
+    units = streams + 16
     word1, position1, count1, table1, coefs1, place1 = next_block(one, units, 0, 0)
     word2, position2, count2, table2, coefs2, place2 = next_block(two, units, 0, 0)
     if place1 == DAMAGED or place2 == DAMAGED:
-        return BROKEN
+        return False
     while True:
         for _ in range(5):
             word1, count1, entry = next_symbol(word1, count1, table1, coefs1, zigzag)
@@ -884,13 +883,13 @@ def decode_units(streams, units, zigzag, waiting):
                 word1, position1, count1, table1, coefs1, place1 = after_symbol(
                     one, units, zigzag, entry, position1, count1, table1, coefs1, place1)
                 if place1 == DAMAGED or (place1 == waiting and place2 == waiting):
-                    return BROKEN if place1 == DAMAGED else OK
+                    return place1 != DAMAGED
             word2, count2, entry = next_symbol(word2, count2, table2, coefs2, zigzag)
             if unlikely(count2 >= BLOCK_DONE):
                 word2, position2, count2, table2, coefs2, place2 = after_symbol(
                     two, units, zigzag, entry, position2, count2, table2, coefs2, place2)
                 if place2 == DAMAGED or (place1 == waiting and place2 == waiting):
-                    return BROKEN if place2 == DAMAGED else OK
+                    return place2 != DAMAGED
         position1 += count1 & 255
         count1 &= -256
         word1 = bits_at(position1)
@@ -902,7 +901,7 @@ def decode_units(streams, units, zigzag, waiting):
 @njit(forceinline=True)
 def inverse_dct_8(a):
     """Inverse DCT of eight scaled values: Arai, Agui and Nakajima (Pennebaker, Mitchell, 4.4.3)."""
-    root2 = splat_float(F(1.414213562))
+    root2 = 1.414213562
     e0 = a[0] + a[4]
     e1 = a[0] - a[4]
     e3 = a[2] + a[6]
@@ -916,17 +915,17 @@ def inverse_dct_8(a):
     z11 = a[1] + a[7]
     z12 = a[1] - a[7]
     c7 = z11 + z13
-    z5 = (z10 + z12) * splat_float(F(1.847759065))
-    c6 = z5 - z10 * splat_float(F(2.613125930)) - c7
+    z5 = (z10 + z12) * 1.847759065
+    c6 = z5 - z10 * 2.613125930 - c7
     c5 = (z11 - z13) * root2 - c6
-    c4 = z5 - z12 * splat_float(F(1.082392200)) - c5
+    c4 = z5 - z12 * 1.082392200 - c5
     return b0 + c7, b1 + c6, b2 + c5, b3 + c4, b3 - c4, b2 - c5, b1 - c6, b0 - c7
 
 
 @njit(forceinline=True)
 def dequantised(coefs, quants, k):
     """Coefficient k of eight blocks, as float32."""
-    return load_coefficients(coefs + 16 * k) * splat_float(load_float(quants + 4 * k))
+    return load_coefficients(coefs + 16 * k) * load_float(quants + 4 * k)
 
 
 @njit
@@ -955,145 +954,105 @@ def inverse_dct(coefs, quants, work, to, stride):
         store_rounded(to + r * stride + 32, v[4], v[5], v[6], v[7])
 
 
-# One thread's memory: addresses, and how many interval starts fit. A plane's row in `plane`: its
-# address, stride, first column and row, pixels that a sample is wide and high, whether its columns
-# lie as inverse_dct leaves them.
+# One thread's memory: addresses. A plane's row in `plane`: its address, stride, first column and
+# row, pixels that a sample is wide and high, whether it is Y, Cb or Cr as inverse_dct leaves it.
 Scratch = namedtuple("Scratch", (
     "raw clean starts info plane tables quants zigzag wait streams units places coefs work planes "
-    "split rows_axis luma_axis chroma_axis strip luma chroma resized end num_starts"))
-ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, BY_GROUPS, PLANE_SIZE = range(8)
-
-
-@njit
-def planes_at(address):
-    return carray(as_pointer(address), (3, PLANE_SIZE), np.int64)
+    "split rows_axis luma_axis chroma_axis strip luma chroma resized end"))
+ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, YCC, PLANE_SIZE = range(8)
 
 
 @njit(nogil=True, cache=True)
-def lay_out_scratch(memory, max_bytes, max_width, max_height, max_area, res):
-    """Scratch at an address, for samples of at most these bytes, sides and pixels; end: its end."""
+def allocate_scratch(bytes_of, widths, heights, res):
+    """(memory, Scratch in it) for samples of these bytes, widths and heights."""
+    side = max(widths.max(), heights.max()) + 144  # with the MCUs and groups that stick out
+    area = (widths * heights).max() + 288 * side
+    mcus = side // 8  # of a row, at least 16 too many
     out = (res + 31) // 32 * 32
-    wide = (max_width + 16 + 63) // 64 * 64 + 64
-    side = max(wide, max_height + 64)
-    area = max_area + 144 * max_height + 64 * max_width + 16384  # MCUs and groups that stick out
-    num_starts = max_area // 64 + max_width + max_height + 64
-    mcus = max_width // 8 + 16
     most_taps = 4 * side // res + 8
     axis = 8 * (side + most_taps) + 4 * (res + 8) * (most_taps + 1)  # see Axis
-    sizes = (max_bytes + 64, max_bytes + 8192, 8 * num_starts, 8 * INFO_SIZE, 24 * PLANE_SIZE,
-             4 * TABLE, 4 * 256, 8 * 256, 64, 16, UNIT_SIZE * (mcus + 8),
-             PLACE_SIZE * (6 * mcus + 1), GROUP * (6 * (mcus // 8 + 2) + 2), 2048, 3 * area,
-             3 * area, axis, axis, axis, 192 * out + 32 * most_taps, out * side + 4096,
-             2 * out * side + 4096, 3 * out * out + 4096)
-    at = np.zeros(24, np.int64)
-    at[0] = memory
-    for i in range(23):
-        at[i + 1] = at[i] + (sizes[i] + 63) // 64 * 64
-    return Scratch(at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10],
-                   at[11], at[12], at[13], at[14], at[15], at[16], at[17], at[18], at[19], at[20],
-                   at[21], at[22], at[23], num_starts)
+    sizes = np.array((
+        bytes_of.max(), bytes_of.max(), area // 8, 8 * INFO_SIZE, 24 * PLANE_SIZE, 4 * TABLE,
+        4 * 256, 8 * 256, 16, 24, UNIT_SIZE * mcus, 6 * PLACE_SIZE * mcus, GROUP * mcus, 2048,
+        3 * area, 3 * area, axis, axis, axis, 192 * out + 32 * most_taps, out * side,
+        2 * out * side, 3 * out * out))
+    ends = np.cumsum((sizes + 256 + 63) // 64 * 64)  # kernels read up to 256 bytes behind some
+    memory = np.empty(ends[-1] // 8 + 8, np.int64)
+    at = np.full(24, (memory.ctypes.data + 63) // 64 * 64)
+    at[1:] += ends
+    return memory, Scratch(*to_fixed_tuple(at, 24))
 
 
-def make_scratch(sizes, widths, heights, res):
-    """(memory, Scratch in it) for samples of these bytes, widths and heights; binds the library."""
+def make_scratch(bytes_of, widths, heights, res):
+    """allocate_scratch, for Python; binds the library."""
     bind()
-    largest = [int(a.max()) for a in (sizes, widths, heights, widths * heights)]
-    nbytes = lay_out_scratch(0, *largest, res).end
-    memory = np.empty(nbytes // 8 + 8, np.int64)
-    return memory, lay_out_scratch((memory.ctypes.data + 63) // 64 * 64, *largest, res)
-
-
-@njit
-def store_place(at, coefs, dc_table, ac_table, predictor):
-    store_int64(at, coefs)
-    store_int64(at + 8, dc_table)
-    store_int64(at + 16, ac_table)
-    store_int64(at + 24, predictor)
+    return allocate_scratch(bytes_of, widths, heights, res)
 
 
 @njit
 def list_places(info, first, last, col0, col1, scratch):
     """Where the blocks of a row's MCUs first to last go; those outside col0 to col1 into the trash.
 
-    Returns the bytes of a row's coefficients: the groups of luma, of Cb, of Cr, and of trash.
+    Returns the bytes of a row's coefficients: groups of trash, of luma's rows, of Cb, of Cr.
     """
-    across = info[H_SAMP]
-    down = info[V_SAMP]
-    luma_groups = ((col1 - col0) * across + 7) // 8
-    chroma_groups = (col1 - col0 + 7) // 8
-    trash = (luma_groups * down + 2 * chroma_groups) * GROUP
     store_int64(scratch.wait, 0)  # what a waiting stream reads, and one entry of each table
-    store_int32(scratch.wait + 8, 1 << 16 | ESCAPE << 8)
-    store_int32(scratch.wait + 12, 0)
-    place = scratch.places
-    store_place(place, scratch.coefs + trash, scratch.wait + 8, scratch.wait + 12, PREDICTORS)
+    store_int64(scratch.wait + 8, 1 << 16 | ESCAPE << 8)
+    places = int64s_at(scratch.places, (1 + 6 * (last - first), PLACE_SIZE // 8))
+    places[0] = (scratch.coefs, scratch.wait + 8, scratch.wait + 12, PREDICTORS)
+    n = 1
     for column in range(first, last):
+        group = 1
         for c in range(info[COMPONENTS]):
-            for v in range(down if c == 0 else 1):
-                for h in range(across if c == 0 else 1):
-                    block = column - col0
-                    group = luma_groups * down + (c - 1) * chroma_groups
-                    if c == 0:
-                        block = block * across + h
-                        group = luma_groups * v
+            across = info[H_SAMP] if c == 0 else 1
+            dc_table = scratch.tables + TABLE * info[DC + c]
+            ac_table = scratch.tables + TABLE * info[AC + c]
+            for _ in range(info[V_SAMP] if c == 0 else 1):
+                for h in range(across):
+                    block = (column - col0) * across + h
                     offset = (group + (block >> 3)) * GROUP + 2 * (block & 7)
-                    offset = offset if col0 <= column < col1 else trash
-                    place += PLACE_SIZE
-                    dc_table = scratch.tables + TABLE * info[DC + c]
-                    ac_table = scratch.tables + TABLE * info[AC + c]
-                    store_place(place, scratch.coefs + offset, dc_table, ac_table,
-                                PREDICTORS + 8 * c)
-    return trash + GROUP
+                    coefs = scratch.coefs + (offset if col0 <= column < col1 else 0)
+                    places[n] = (coefs, dc_table, ac_table, PREDICTORS + 8 * c)
+                    n += 1
+                group += ((col1 - col0) * across + 7) // 8
+    return group * GROUP
 
 
 @njit
-def store_unit(at, first_bit, bit_low, bit_high, place, place_end):
-    store_int64(at, first_bit)
-    store_int64(at + BIT_LOW, bit_low)
-    store_int64(at + BIT_HIGH, bit_high)
-    store_int64(at + PLACE, place)
-    store_int64(at + PLACE_END, place_end)
-    for c in range(3):
-        store_int64(at + PREDICTORS + 8 * c, 0)
-
-
-@njit
-def list_units(info, scratch, row, across, first, last):
-    """The units of a row's MCUs first to last, and their intervals' data without stuffing."""
-    starts = int64s_at(scratch.starts, scratch.num_starts)
-    k = info[INTERVAL]
+def list_units(info, k, row, across, first, last, scratch):
+    """The units of a row's MCUs first to last, and their data, k MCUs each, without stuffing."""
     block_bytes = PLACE_SIZE * (info[H_SAMP] * info[V_SAMP] + info[COMPONENTS] - 1)
-    places = scratch.places + PLACE_SIZE
-    begin = scratch.units + 8  # behind the address of the next
-    store_unit(begin, 0, 0, 0, 0, PLACE_SIZE)  # where streams begin: it ends at once
-    store_int64(scratch.streams, begin)
-    store_int64(scratch.streams + 8, begin)
-    unit = begin + UNIT_SIZE
-    store_int64(scratch.units, unit)
+    places = scratch.places + PLACE_SIZE - block_bytes * first
+    units = int64s_at(scratch.units, (last - first + 3, UNIT_SIZE // 8))
+    units[0] = (0, 0, 0, 0, 0, PLACE_SIZE, 0, 0, 0)  # where streams begin: it ends at once
+    streams = int64s_at(scratch.streams, (3,))
+    streams[:2] = scratch.units
+    streams[2] = scratch.units + UNIT_SIZE
     clean = scratch.clean
-    for column in range(first, last, k if k > 0 else last):
-        if k == 0 and row > 0:  # no markers: the one unit goes on where the row before ended
-            store_int64(unit, load_int64(unit + BIT_LAST))
+    n = 1
+    for column in range(first, last, k):
+        interval = (row * across + column) // k
+        if interval * k < row * across:  # no markers: it goes on where the row before ended
+            units[n, 0] = units[n, BIT_LAST // 8]
         else:
-            number = (row * across + column) // k if k > 0 else 0
-            n = unstuff(starts[number], starts[number + 1] - 2, clean)
-            end = 8 * (clean + n)
-            whole = 0 < k <= last - column  # then it ends within a byte
-            stop = min(column + k, last) if k > 0 else last
-            store_unit(unit, 8 * clean, end - 7 if whole else 0, end,
-                       places + block_bytes * (column - first),
-                       places + block_bytes * (stop - first))
-            clean += n
-        unit += UNIT_SIZE
+            start = load_int64(scratch.starts + 8 * interval)
+            end = load_int64(scratch.starts + 8 * interval + 8) - 2
+            size = unstuff(start, end, clean)
+            stop = min(column + k, last)
+            bit_high = 8 * (clean + size)
+            bit_low = bit_high - 7 if stop == column + k else 0  # a whole one ends within a byte
+            units[n] = (8 * clean, bit_low, bit_high, 0, places + block_bytes * column,
+                        places + block_bytes * stop, 0, 0, 0)
+            clean += size
+        n += 1
     for _ in range(2):  # for two streams to wait in
-        store_unit(unit, 8 * scratch.wait, 0, 8 * scratch.wait + 64, scratch.places, 0)
-        unit += UNIT_SIZE
+        units[n] = (8 * scratch.wait, 0, 8 * scratch.wait + 64, 0, scratch.places, 0, 0, 0, 0)
+        n += 1
 
 
 @njit
 def row_to_planes(info, plane, row, scratch):
     """One MCU row's coefficients become samples of the planes."""
-    coefs = scratch.coefs
+    coefs = scratch.coefs + GROUP
     for c in range(info[COMPONENTS]):
         stride = plane[c, STRIDE]
         quants = scratch.quants + 256 * info[QUANT + c]
@@ -1105,30 +1064,19 @@ def row_to_planes(info, plane, row, scratch):
                 coefs += GROUP
 
 
-@njit
-def parse_sample(address, size, width, height, scratch):
-    """Reads a JPEG's header; OK if decode_box can go on, else UNKNOWN."""
-    info = int64s_at(scratch.info, INFO_SIZE)
-    code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
-    for k in range(256):
-        store_int64(scratch.zigzag + 8 * k, 16 * ZIGZAG[k] if k < 64 else GROUP - 16)
-    if code != OK or info[WIDTH] != width or info[HEIGHT] != height:
-        return UNKNOWN
-    across = (width + 8 * info[H_SAMP] - 1) // (8 * info[H_SAMP])
-    spans_rows = info[INTERVAL] > 0 and across % info[INTERVAL] != 0  # some interval does
-    return UNKNOWN if spans_rows else OK
-
-
-@njit
-def decode_box(address, size, width, height, x, y, w, h, scratch):
-    """Decodes the MCUs that the box touches to Y, Cb, Cr planes; the header was read.
+@njit(nogil=True, cache=True)
+def decode_planes(address, size, width, height, x, y, w, h, scratch):
+    """Decodes the MCUs of a JPEG that the box touches to Y, Cb, Cr planes; a code of REASONS.
 
     Fills the rows of scratch.plane. Only the restart intervals that the box touches are decoded;
-    without markers, all that lies before its end. Returns a code of REASONS. Reference:
-    libjpeg-turbo's planes of the whole picture.
+    without markers, all that lies before its end. UNKNOWN: nothing was done, libjpeg-turbo should.
+    Reference: libjpeg-turbo's planes of the whole picture.
     """
-    info = int64s_at(scratch.info, INFO_SIZE)
-    plane = planes_at(scratch.plane)
+    info = int64s_at(scratch.info, (INFO_SIZE,))
+    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
+    code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
+    if code != OK or info[WIDTH] != width or info[HEIGHT] != height:
+        return UNKNOWN
     mcu_w = 8 * info[H_SAMP]
     mcu_h = 8 * info[V_SAMP]
     across = (width + mcu_w - 1) // mcu_w
@@ -1137,110 +1085,54 @@ def decode_box(address, size, width, height, x, y, w, h, scratch):
     col0 = x // mcu_w
     col1 = (x + w + mcu_w - 1) // mcu_w
     k = info[INTERVAL]
-    first_row = row0 if k > 0 else 0
-    first = col0 // k * k if k > 0 else 0
-    last = col1 if k > 0 else across
-    needed = ((row1 - 1) * across + col1 + k - 1) // k if k > 0 else 1
-    starts = int64s_at(scratch.starts, scratch.num_starts)
-    if find_intervals(address + size, info, starts, needed) != needed:
+    if k > 0 and across % k != 0:  # an interval goes on in the next row
+        return UNKNOWN
+    first_row = row0
+    last = col1
+    if k == 0:  # one interval that never ends
+        k = across * row1 + 1
+        first_row = 0
+        last = across
+    first = col0 // k * k
+    needed = ((row1 - 1) * across + col1 + k - 1) // k
+    for i in range(256):
+        store_int64(scratch.zigzag + 8 * i, 16 * ZIGZAG[i] if i < 64 else GROUP - 16)
+    starts = int64s_at(scratch.starts, (needed + 1,))
+    if not find_intervals(address + size, info, starts, needed):
         return BROKEN
     at = scratch.planes
     for c in range(info[COMPONENTS]):
-        p = plane[c]
-        p[STEP_X] = 1 if c == 0 else info[H_SAMP]
-        p[STEP_Y] = 1 if c == 0 else info[V_SAMP]
-        p[ADDRESS] = at
-        p[STRIDE] = ((col1 - col0) * mcu_w // p[STEP_X] + 63) // 64 * 64
-        p[LEFT] = col0 * mcu_w
-        p[TOP] = row0 * mcu_h
-        p[BY_GROUPS] = 1
-        at += p[STRIDE] * (row1 - row0) * mcu_h // p[STEP_Y]
+        step_x = 1 if c == 0 else info[H_SAMP]
+        step_y = 1 if c == 0 else info[V_SAMP]
+        stride = ((col1 - col0) * mcu_w // step_x + 63) // 64 * 64
+        plane[c] = (at, stride, col0 * mcu_w, row0 * mcu_h, step_x, step_y, 1)
+        at += stride * (row1 - row0) * mcu_h // step_y
     row_bytes = list_places(info, first, last, col0, col1, scratch)
     for row in range(first_row, row1):
         memset(scratch.coefs, 0, row_bytes)
-        list_units(info, scratch, row, across, first, last)
-        if decode_units(scratch.streams, scratch.units, scratch.zigzag, scratch.places) != OK:
+        list_units(info, k, row, across, first, last, scratch)
+        if not decode_units(scratch.streams, scratch.zigzag, scratch.places):
             return BROKEN
         if row >= row0:
             row_to_planes(info, plane, row - row0, scratch)
     return OK
 
 
-@njit(nogil=True, cache=True)
-def decode_planes(address, size, width, height, x, y, w, h, scratch):
-    """A JPEG's header and the box's planes: see decode_box. For tests and bench_loader.py."""
-    code = parse_sample(address, size, width, height, scratch)
-    if code != OK:
-        return code
-    return decode_box(address, size, width, height, x, y, w, h, scratch)
-
-
 # --- kernels: antialiased resize. Reference: Pillow's resize of the crop, plane by plane
 @njit(forceinline=True)
-def filter_values(d, bicubic):
-    """The triangle, or Keys' cubic with a = -0.5, at eight distances d >= 0; without branches."""
-    one = splat_float(F(1))
-    if not bicubic:
-        return one - clamp(d, F(0), F(1))
-    near = clamp(d, F(0), F(1))  # each of the two pieces is 0 where the other is meant
-    far = clamp(d, F(1), F(2))
-    near_value = (splat_float(F(1.5)) * near - splat_float(F(2.5))) * near * near + one
-    far_value = (splat_float(F(2.5)) - splat_float(F(0.5)) * far) * far - splat_float(F(4))
-    return near_value + far_value * far + splat_float(F(2))
-
-
-@njit(forceinline=True)
 def pixel_weights(pixels, centers, low, high, narrower, bicubic):
-    """The filter's values at eight pixels, each for its output; 0 outside of low to high."""
-    one = splat_float(F(1))
-    inside = clamp(pixels - splat_float(low) + one, F(0), F(1))
-    inside = inside * clamp(splat_float(high) - pixels + one, F(0), F(1))
-    return filter_values(magnitude(pixels - centers) * splat_float(narrower), bicubic) * inside
+    """The filter at eight pixels, each for its output; 0 outside of low to high; no branches.
 
-
-@njit
-def filter_weights(begin, size, count, out, bicubic, step, first, weights, taps, work):
-    """Filter coefficients for one axis, in 1/16384: see Axis.
-
-    Pillow's for a box of `size` pixels from `begin` on, of an axis of `count` samples. At step 2
-    the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
-    upsampling and then the resize, in one; at the box's ends the last sample stands in for the one
-    outside. work: memory for eight outputs' weights as floats. Reference: Pillow; 1 to 3 us.
+    The triangle, or Keys' cubic with a = -0.5.
     """
-    scale = size / out
-    narrower = F(min(1.0 / scale, 1.0))
-    support = (2.0 if bicubic else 1.0) * max(scale, 1.0)
-    one = splat_float(F(1))
-    half = splat_float(F(0.5))
-    for i in range(0, out, 8):
-        center = begin + (i + 0.5) * scale
-        origin = int(center - support) // 2 * 2  # of all positions below: float32 is exact enough
-        low = F(begin - origin)
-        high = F(begin + size - 1 - origin)
-        centers = ramp(F(center - origin - 0.5), F(scale))
-        starts = floor(centers - splat_float(F(support)) + one)  # first pixels, then samples
-        if step == 2:
-            starts = floor((starts - one) * half)
-        starts = clamp(starts, F(-origin // step), F(1e9))
-        store_integers(first + 4 * i, starts + splat_float(F(origin // step)))
-        total = splat_float(F(0))
-        for t in range(taps):
-            samples = starts + splat_float(F(t))
-            pixels = samples if step == 1 else samples + samples
-            v = pixel_weights(pixels, centers, low, high, narrower, bicubic)
-            if step == 2:  # a pixel lies a quarter of a sample off its sample, towards the next
-                v += pixel_weights(pixels + one, centers, low, high, narrower, bicubic)
-                before = clamp(pixels - one, F(-origin), F(1e9))  # at an end the sample itself
-                behind = clamp(pixels + one + one, F(-1e9), F(2 * count - 1 - origin))
-                others = pixel_weights(before, centers, low, high, narrower, bicubic)
-                others += pixel_weights(behind, centers, low, high, narrower, bicubic)
-                v = splat_float(F(0.75)) * v + splat_float(F(0.25)) * others
-                v = v * clamp(splat_float(F(count - origin // 2)) - samples, F(0), F(1))
-            store_floats(work + 32 * t, v)
-            total += v
-        norm = splat_float(F(16384)) / total
-        for t in range(taps):
-            store_pairs(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
+    d = magnitude(pixels - centers) * narrower
+    near = clamp(d, 0, 1)
+    values = 1 - near
+    if bicubic:  # each of its two pieces is 0 where the other is meant
+        far = clamp(d, 1, 2)
+        far_value = (2.5 - 0.5 * far) * far - 4
+        values = (1.5 * near - 2.5) * near * near + 1 + far_value * far + 2
+    return values * (clamp(pixels - low + 1, 0, 1) * clamp(high - pixels + 1, 0, 1))
 
 
 # One axis of a resize. Output i is the sum over t of weight (i, t) * the row at address
@@ -1251,15 +1143,50 @@ Axis = namedtuple("Axis", ("rows", "first", "weights", "taps", "bias"))
 
 @njit
 def make_axis(begin, size, count, out, bicubic, step, half_level, memory, work):
-    """Fills an Axis in memory, but for the addresses in rows. work: see filter_weights.
+    """Fills an Axis in memory, but for the addresses in rows: filter coefficients, in 1/16384.
 
-    half_level: 32 if sums become whole levels, else 0. Right for size / out up to 2,000.
+    Pillow's for a box of `size` pixels from `begin` on, of an axis of `count` samples. At step 2
+    the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
+    upsampling and then the resize, in one; at the box's ends the last sample stands in for the one
+    outside. half_level: 32 if sums become whole levels, else 0. work: memory for eight outputs'
+    weights as floats. Right for size / out up to 2,000. Reference: Pillow; 1 to 3 us.
     """
-    pixels = int(math.ceil((4.0 if bicubic else 2.0) * max(size / out, 1.0)))
+    scale = size / out
+    narrower = min(1.0 / scale, 1.0)
+    support = (2.0 if bicubic else 1.0) * max(scale, 1.0)
+    pixels = int(math.ceil(2 * support))
     taps = pixels if step == 1 else pixels // 2 + 2
     first = memory + 8 * (count + taps)
     weights = first + 4 * (out + 8)
-    filter_weights(begin, size, count, out, bicubic, step, first, weights, taps, work)
+    for i in range(0, out, 8):
+        center = begin + (i + 0.5) * scale
+        origin = int(center - support) // 2 * 2  # of all positions below: float32 is exact enough
+        low = begin - origin
+        high = begin + size - 1 - origin
+        centers = lane_numbers() * scale + (center - origin - 0.5)
+        starts = floor(centers - support + 1)  # first pixels, then samples
+        if step == 2:
+            starts = floor((starts - 1) * 0.5)
+        starts = clamp(starts, -origin // step, 1e9)
+        store_integers(first + 4 * i, starts + origin // step)
+        total = splat_float(0)
+        for t in range(taps):
+            samples = starts + t
+            at = samples if step == 1 else samples + samples
+            v = pixel_weights(at, centers, low, high, narrower, bicubic)
+            if step == 2:  # a pixel lies a quarter of a sample off its sample, towards the next
+                v += pixel_weights(at + 1, centers, low, high, narrower, bicubic)
+                before = clamp(at - 1, -origin, 1e9)  # at an end the sample itself
+                behind = clamp(at + 2, -1e9, 2 * count - 1 - origin)
+                others = pixel_weights(before, centers, low, high, narrower, bicubic)
+                others += pixel_weights(behind, centers, low, high, narrower, bicubic)
+                v = 0.75 * v + 0.25 * others
+                v = v * clamp(count - origin // 2 - samples, 0, 1)
+            store_floats(work + 32 * t, v)
+            total += v
+        norm = 16384 / total
+        for t in range(taps):
+            store_pairs(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
     # Each product is rounded down, which loses half of 1/64 level on average
     products = pixels // step + step - 1
     return Axis(memory, first, weights, taps, half_level + products // 2)
@@ -1274,8 +1201,6 @@ def weighted_sum(axis, i, at):
     """
     row = axis.rows + 8 * load_int32(axis.first + 4 * i)
     weights = axis.weights + 4 * ((i & -8) * axis.taps + (i & 7))
-    eight = splat_word(8)
-    upper = splat_word(-256)
     even1 = splat_word(axis.bias)
     even2 = even1
     odd1 = even1
@@ -1284,11 +1209,11 @@ def weighted_sum(axis, i, at):
         source = load_int64(row + 8 * t) + at
         weight = splat_pair(weights + 32 * t)
         v = load_words(source)
-        even1 += multiply_high(v << eight, weight)
-        odd1 += multiply_high(v & upper, weight)
+        even1 += multiply_high(v << 8, weight)
+        odd1 += multiply_high(v & -256, weight)
         v = load_words(source + 32)
-        even2 += multiply_high(v << eight, weight)
-        odd2 += multiply_high(v & upper, weight)
+        even2 += multiply_high(v << 8, weight)
+        odd2 += multiply_high(v & -256, weight)
     return even1, odd1, even2, odd2
 
 
@@ -1338,7 +1263,7 @@ def resize_rows(planes, x, y, w, h, res, bicubic, half_level, axis_memory, to, s
                      axis_memory, scratch.strip)
     for i in range(cols + axis.taps):
         position = col0 + min(i, cols - 1) - start
-        if p[BY_GROUPS]:  # column c of block b at 8 * c + b
+        if p[YCC]:  # column c of block b at 8 * c + b
             position = (position & ~63) + 8 * (position & 7) + (position >> 3 & 7)
         store_int64(axis.rows + 8 * i, to + position * stride)
     return axis
@@ -1347,11 +1272,9 @@ def resize_rows(planes, x, y, w, h, res, bicubic, half_level, axis_memory, to, s
 @njit(forceinline=True)
 def rgb_parts(luma, cb, cr):
     """R, G, B of int16 in 1/64 level: ITU-T T.871, section 7."""
-    one = splat_word(1)
-    r = luma + cr + multiply_high(cr << one, splat_word(13173))  # 1.402 = 1 + 13173 / 32768
-    g = (luma - multiply_high(cb << one, splat_word(11277))  # 0.344136
-         - multiply_high(cr << one, splat_word(23401)))  # 0.714136
-    b = luma + cb + multiply_high(cb << one, splat_word(25297))  # 1.772
+    r = luma + cr + multiply_high(cr << 1, 13173)  # 1.402 = 1 + 13173 / 32768
+    g = luma - multiply_high(cb << 1, 11277) - multiply_high(cr << 1, 23401)  # 0.344136, 0.714136
+    b = luma + cb + multiply_high(cb << 1, 25297)  # 1.772
     return r, g, b
 
 
@@ -1388,14 +1311,13 @@ def resize_columns(luma, chroma, components, ycc, res, flip, to, scratch):
         for k in range(3):
             transpose_strip(scratch.strip + 64 * out * k, res, out - y,
                             scratch.resized + plane * k + out * y, out)
-    sign = splat_word(-32640)  # 0x8080: from int8 to a byte
     for y in range(res):
         for x in range(0, res, 32):
             at = scratch.resized + out * y + x
             pixels = to + 3 * (y * res + x)
             whole = x + 32 <= res
-            store_interleaved(pixels if whole else scratch.strip, load_words(at) ^ sign,
-                              load_words(at + plane) ^ sign, load_words(at + 2 * plane) ^ sign)
+            store_interleaved(pixels if whole else scratch.strip, load_words(at),
+                              load_words(at + plane), load_words(at + 2 * plane))
             if not whole:
                 memcpy(pixels, scratch.strip, 3 * (res - x))
 
@@ -1405,33 +1327,27 @@ def resize_columns(luma, chroma, components, ycc, res, flip, to, scratch):
 def split_rgb(rgb, width, x, y, w, h, scratch):
     """Takes the box of an interleaved RGB picture apart into three planes of int8."""
     stride = (w + 63) // 64 * 64
-    plane = planes_at(scratch.plane)
+    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
     for c in range(3):
-        p = plane[c]
-        p[ADDRESS] = scratch.split + c * h * stride
-        p[STRIDE] = stride
-        p[LEFT] = x
-        p[TOP] = y
-        p[STEP_X] = 1
-        p[STEP_Y] = 1
-        p[BY_GROUPS] = 0
+        to = scratch.split + c * h * stride
+        plane[c] = (to, stride, x, y, 1, 1, 0)
         for row in range(h):
             line = rgb + 3 * ((y + row) * width + x) + c
             for i in range(w):
-                store_byte(p[ADDRESS] + row * stride + i, load_byte(line + 3 * i) ^ 128)
+                store_byte(to + row * stride + i, load_byte(line + 3 * i) ^ 128)
 
 
-@njit
-def decode_rgb(address, size, width, height, scratch):
-    """Decodes a whole JPEG of any kind by libjpeg-turbo to RGB in scratch.planes: REASONS."""
+@njit(nogil=True, cache=True)
+def decode_rgb(address, size, width, height, to):
+    """A whole JPEG of any kind, by libjpeg-turbo, to RGB at `to`: a code of REASONS."""
     handle = tj_init()
-    found = scratch.info  # width, height, subsampling, colour space: int32
+    found = np.zeros(4, np.int32)  # width, height, subsampling, colour space
+    at = found.ctypes.data
     code = BROKEN
-    if tj_header(handle, address, size, found, found + 4, found + 8, found + 12) == 0:
-        if load_int32(found) != width or load_int32(found + 4) != height:
+    if tj_header(handle, address, size, at, at + 4, at + 8, at + 12) == 0:
+        if found[0] != width or found[1] != height:
             code = OTHER_SIZE
-        elif tj_rgb(handle, address, size, scratch.planes, width, 3 * width, height, 0,
-                    STOP_ON_WARNING) == 0:
+        elif tj_rgb(handle, address, size, to, width, 0, height, 0, STOP_ON_WARNING) == 0:
             code = OK
     tj_destroy(handle)
     return code
@@ -1439,31 +1355,34 @@ def decode_rgb(address, size, width, height, scratch):
 
 @njit
 def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
-    """The planes of a box of one stored sample: (code of REASONS, False if they are R, G, B)."""
-    if mode == 0 and parse_sample(address, size, width, height, scratch) == OK:
-        return decode_box(address, size, width, height, x, y, w, h, scratch), True
-    rgb = address
-    code = OK if size == 3 * width * height else OTHER_SIZE
+    """One stored sample's box to scratch.plane, Y, Cb, Cr or R, G, B; returns a code of REASONS."""
     if mode == 0:
+        code = decode_planes(address, size, width, height, x, y, w, h, scratch)
+        if code != UNKNOWN:
+            return code
         rgb = scratch.planes
-        code = decode_rgb(address, size, width, height, scratch)
+        code = decode_rgb(address, size, width, height, rgb)
+    else:
+        rgb = address
+        code = OK if size == 3 * width * height else OTHER_SIZE
     if code == OK:
         split_rgb(rgb, width, x, y, w, h, scratch)
-    return code, False
+    return code
 
 
 @njit
-def write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch):
+def write_crop(x, y, w, h, res, bicubic, flip, to, scratch):
     """A box of decoded planes, resized and flipped, to res * res * 3 bytes of RGB."""
-    plane = planes_at(scratch.plane)
-    components = int64s_at(scratch.info, INFO_SIZE)[COMPONENTS] if ycc else 3
-    ycc = ycc and components == 3
+    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
+    ycc = plane[0, YCC] == 1
+    components = int64s_at(scratch.info, (INFO_SIZE,))[COMPONENTS] if ycc else 3
     luma = resize_rows(plane[:1], x, y, w, h, res, bicubic, 32, scratch.luma_axis, scratch.luma,
                        scratch)
     chroma = luma
     if components == 3:
         chroma = resize_rows(plane[1:], x, y, w, h, res, bicubic, 0 if ycc else 32,
                              scratch.chroma_axis, scratch.chroma, scratch)
+    ycc = ycc and components == 3
     resize_columns(luma, chroma, components, ycc, res, flip, to, scratch)
 
 
@@ -1473,9 +1392,9 @@ def resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic, f
 
     Returns a code of REASONS. Reference: Pillow's decode, crop, resize.
     """
-    code, ycc = decode_sample(address, size, mode, width, height, x, y, w, h, scratch)
+    code = decode_sample(address, size, mode, width, height, x, y, w, h, scratch)
     if code == OK:
-        write_crop(ycc, x, y, w, h, res, bicubic, flip, to, scratch)
+        write_crop(x, y, w, h, res, bicubic, flip, to, scratch)
     return code
 
 
@@ -1529,16 +1448,15 @@ def fill_row(job, scratch, i, draw, address, view_stride):
         top = min(top, y)
         right = max(right, x + w)
         bottom = max(bottom, y + h)
-    code, ycc = decode_sample(scratch.raw, size, job.modes[i], width, height, left, top,
-                              right - left, bottom - top, scratch)
+    code = decode_sample(scratch.raw, size, job.modes[i], width, height, left, top, right - left,
+                         bottom - top, scratch)
     if code != OK:
         return code
     for view in range(job.views):
         x, y, w, h = box_of(job, width, height, draw, view)
         flip_draw = uniform(job.seed, job.epoch, draw, VIEW_DRAWS * view + FLIP_DRAW)
         flip = job.train and flip_draw < job.hflip
-        write_crop(ycc, x, y, w, h, job.res, job.bicubic, flip, address + view * view_stride,
-                   scratch)
+        write_crop(x, y, w, h, job.res, job.bicubic, flip, address + view * view_stride, scratch)
     return OK
 
 
@@ -1572,10 +1490,7 @@ def fill_share(table, scale, ratio, seed, epoch, res, bicubic, codes):
     """
     if len(table) == 0:
         return
-    most = (table[:, 1].max(), table[:, 3].max(), table[:, 4].max(),
-            (table[:, 3] * table[:, 4]).max(), res)
-    memory = np.empty(lay_out_scratch(0, *most).end // 8 + 8, np.int64)
-    scratch = lay_out_scratch((memory.ctypes.data + 63) // 64 * 64, *most)
+    memory, scratch = allocate_scratch(table[:, 1], table[:, 3], table[:, 4], res)
     for i in range(len(table)):
         address, size, mode, width, height, draw, to = table[i]
         x, y, w, h = random_box(width, height, scale, ratio, seed, epoch, draw, 0)
@@ -1701,25 +1616,15 @@ class BetonReader:
         x, y, w, h = box or (0, 0, width, height)
         inside = 0 <= x and 0 <= y and 0 < w <= width - x and 0 < h <= height - y
         check("box", box, inside, f"one inside {width}x{height}")
-        data = self.read(i)
-        pixels = np.frombuffer(data, np.uint8)
-        code = OK
+        stored = np.frombuffer(self.read(i), np.uint8)
+        pixels = stored
+        code = OK if len(stored) == 3 * width * height else OTHER_SIZE
         if self.modes[i] == 0:
-            lib = bind()
-            handle = ctypes.c_void_p(lib.tjInitDecompress())
-            size = ctypes.c_ulong(len(data))
-            found = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
             pixels = np.empty(3 * width * height, np.uint8)
-            to = ctypes.c_void_p(pixels.ctypes.data)
-            if lib.tjDecompressHeader3(handle, data, size, *map(ctypes.byref, found)):
-                code = BROKEN
-            elif (found[0].value, found[1].value) != (width, height):
-                code = OTHER_SIZE
-            elif lib.tjDecompress2(handle, data, size, to, width, 0, height, 0, STOP_ON_WARNING):
-                code = BROKEN
-            lib.tjDestroy(handle)
-        elif len(data) != 3 * width * height:
-            code = OTHER_SIZE
+            bind()
+            with kernel_cache(decode_rgb):
+                code = decode_rgb(stored.ctypes.data, len(stored), width, height,
+                                  pixels.ctypes.data)
         if code != OK:
             raise self.sample_error(i, REASONS[code])
         return pixels.reshape(height, width, 3)[y:y + h, x:x + w].copy()
@@ -1751,7 +1656,7 @@ def check(name, value, good, expected):
 
 
 @dataclass(eq=False, repr=False)
-class EpochLoader:
+class EpochLoader(contextlib.AbstractContextManager):
     """What both loaders share: which sample comes when, a pure function of (seed, epoch)."""
 
     path: str | Path
@@ -1904,9 +1809,6 @@ class EpochLoader:
     def close(self):
         self.closed = True
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exc):
         self.close()
 
@@ -1927,30 +1829,27 @@ class Epoch:
         reader = loader.reader
         size = loader.batch_size
         self.loader = loader
-        self.samples = loader.indices[positions]
         self.start = start
         self.end = len(loader)
         self.granted = start  # the batches before this one may be filled
         self.filling = {}  # batch: its buffer
-        self.free = loader.free_buffers
         self.complete = set()
         self.events = queue.SimpleQueue()  # from the threads: numbers of batches, exceptions
         self.fills = threading.Semaphore(0)  # wakes the threads: as many as there are for a batch
         self.reads = threading.Semaphore(AHEAD)  # batches that may be read ahead
         self.stopped = False
-        self.limit = np.array([start])
         self.job = Job(
             reader.file.fileno(), reader.modes, reader.widths, reader.heights, reader.ptrs,
-            reader.sizes, self.samples, positions, self.limit, *np.zeros((3, self.end), np.int64),
-            np.zeros((self.end, size), np.int64), loader.train, loader.res, size, loader.views,
-            loader.interpolation == "bicubic", loader.seed, loader.epoch, loader.scale,
-            loader.ratio, loader.hflip, loader.crop_ratio)
+            reader.sizes, loader.indices[positions], positions, np.array([start]),
+            *np.zeros((3, self.end), np.int64), np.zeros((self.end, size), np.int64), loader.train,
+            loader.res, size, loader.views, loader.interpolation == "bicubic", loader.seed,
+            loader.epoch, loader.scale, loader.ratio, loader.hflip, loader.crop_ratio)
         bind()
         if not fill.signatures:
             with kernel_cache(fill, COMPILING):
                 memory, scratch = self._make_scratch()
                 fill(self.job, scratch, start)  # returns: nothing is granted yet
-                advance(self.limit, 0)
+                advance(self.job.limit, 0)
         work = [self._fill_batches] * loader.num_workers
         if loader.order == "pages":
             work.append(self._read_ahead)
@@ -1988,7 +1887,7 @@ class Epoch:
             self.reads.acquire()
             if self.stopped:
                 return
-            numbers = reader.ptrs[self.samples[batch * size:(batch + 1) * size]] // window
+            numbers = reader.ptrs[self.job.samples[batch * size:(batch + 1) * size]] // window
             for number in sorted(set(numbers.tolist()) - asked):
                 asked.add(number)
                 end = min((number + 1) * window, reader.size)
@@ -2000,19 +1899,20 @@ class Epoch:
     def _grant(self):
         """Lets the threads fill one batch more, into a buffer that no tensor holds."""
         job = self.job
+        free = self.loader.free_buffers
         nbytes = job.views * job.batch_size * 3 * job.res ** 2
-        while self.free and self.free[-1].nbytes != nbytes:  # of another resolution
-            self.free.pop()
-        if not self.free:
+        while free and free[-1].nbytes != nbytes:  # of another resolution
+            free.pop()
+        if not free:
             pinned = self.loader.device.type == "cuda"
-            self.free.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy())
-        buffer = self.free.pop()
+            free.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy())
+        buffer = free.pop()
         view = buffer[:]  # lives as long as a tensor made from it; then the buffer is free again
-        weakref.finalize(view, self.free.append, buffer)
+        weakref.finalize(view, free.append, buffer)
         self.filling[self.granted] = view
         job.addresses[self.granted] = buffer.ctypes.data
         self.granted += 1
-        advance(self.limit, 1)
+        advance(job.limit, 1)
         self.fills.release(self.loader.num_workers)
         self.reads.release()
 
@@ -2028,7 +1928,7 @@ class Epoch:
             if isinstance(event, BaseException):
                 raise RuntimeError(f"{reader.path}: loading ended: {event!r}.") from event
             self.complete.add(event)
-        samples = self.samples[batch * job.batch_size:(batch + 1) * job.batch_size]
+        samples = job.samples[batch * job.batch_size:(batch + 1) * job.batch_size]
         bad = np.flatnonzero(job.status[batch])
         if len(bad):
             raise reader.sample_error(samples[bad[0]], REASONS[int(job.status[batch, bad[0]])])
@@ -2042,7 +1942,7 @@ class Epoch:
         if os.getpid() != self.loader._process:
             return  # in a fork the threads are missing
         self.stopped = True
-        advance(self.limit, -2 * self.end)  # the kernels return after the image at hand
+        advance(self.job.limit, -2 * self.end)  # the kernels return after the image at hand
         self.fills.release(len(self.threads))
         self.reads.release()
         for thread in self.threads:
@@ -2247,8 +2147,7 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
     from ffcv.pipeline.compiler import Compiler
     res = int(output_size[0])
     check("output_size", output_size, res == output_size[1], "a square")
-    check("interpolation", interpolation, interpolation in ("bicubic", "bilinear"),
-          "'bicubic' or 'bilinear'")
+    check("interpolation", interpolation, interpolation in INTERPOLATIONS, INTERPOLATIONS)
     bicubic = interpolation == "bicubic"
     scale = (float(scale[0]), float(scale[1]))
     ratio = (float(ratio[0]), float(ratio[1]))
