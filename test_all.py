@@ -2,8 +2,8 @@
 
 Tests draw their own pictures; with DAILYMAE_PHOTOS naming a folder of class folders they use real
 photos as well. Everything is compared with something independent: Pillow, stock ffcv, torch in
-float64, the paper's tables. `-m soak` runs the long ones (kills, damaged files, full disks) and
-`-m cuda` those that need a GPU.
+float64, the paper's tables. `-m soak` runs the long ones (kills, damaged files) and `-m cuda` those
+that need a GPU.
 """
 import contextlib
 import copy
@@ -56,6 +56,7 @@ from models_mae import ViT, WeightsError, load_into, load_mae, read_weights, siz
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
 HERE = Path(__file__).resolve().parent
 PHOTOS = os.environ.get("DAILYMAE_PHOTOS")
+soak = functools.partial(pytest.param, marks=pytest.mark.soak)  # a case for -m soak only
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +67,6 @@ def only_when_asked(request):
             pytest.skip(f"only with -m {mark}")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
-
-
-soak = functools.partial(pytest.param, marks=pytest.mark.soak)  # a case for -m soak only
 
 
 def run(name, *words, ranks=1, code=0, **env):
@@ -245,9 +243,8 @@ def test_build_labels_of_flat_sources(folder, tmp_path, kind):
         synsets[:] = [(1, "light", 0), (2, "dark", 0), (3, "all", 2)]
         meta = io.BytesIO()
         pytest.importorskip("scipy.io").savemat(meta, {"synsets": synsets})
-        truth = b"1 2 2 1 1".replace(b" ", b"\n")
-        text = gzip.compress(tar_of([("a/data/ILSVRC2012_validation_ground_truth.txt", truth),
-                                     ("a/data/meta.mat", meta.getvalue())]))
+        truth = ("a/data/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n2\n1\n1\n")
+        text = gzip.compress(tar_of([truth, ("a/data/meta.mat", meta.getvalue())]))
     elif kind == "csv":
         text = "".join(f"{name},{('dark', 'light')[label]} 1 2 3 4 dark 5 6 7 8\n"
                        for name, label in sorted(expected.items(), reverse=True)).encode()
@@ -774,8 +771,7 @@ def guarded(n):
 
 def guarded_crop(data, width, height, box):
     """The code of resizing a JPEG's box; every part of the memory ends at a guard page."""
-    essl_loader.bind()
-    memory, scratch = essl_loader.make_scratch(*np.array([[len(data)], [width], [height]]), 48)
+    _, scratch = essl_loader.make_scratch(*np.array([[len(data)], [width], [height]]), 48)
     names = scratch._fields[:scratch._fields.index("end") + 1]  # addresses in order
     parts = {name: guarded(getattr(scratch, after) - getattr(scratch, name))
              for name, after in itertools.pairwise(names)}
@@ -897,33 +893,30 @@ def test_schedules_learning_rate():
 
 
 # --- models_mae
-def reference_mae(model, imgs, noise, mask_ratio, keep):
-    """MAE of one picture at a time, patches in order, by the model's layers: loss, pred, mask."""
+def reference_mae(model, image, noise, mask_ratio, keep):
+    """MAE of one picture, its patches in order, by the model's layers: loss, pred, mask."""
     s = model.settings["patch_size"]
-    preds, masks, losses = [], [], []
-    for image, u in zip(imgs, noise):
-        patches = F.unfold(image[None], s, stride=s)[0].T  # (L, 3 * s * s)
-        patches = patches.unflatten(1, (3, -1)).mT.flatten(1)  # (L, s * s * 3)
-        kept = int(len(u) * (1 - mask_ratio) + 1e-6)
-        visible = u.argsort()[:kept].sort().values
-        tokens = model.patch_embed.proj(image[None])[0].flatten(1).T + model.pos_embed[0, 1:]
-        x = torch.cat([model.cls_token[0] + model.pos_embed[0, :1], tokens[visible]])
-        x = model.norm(torch.nn.Sequential(*model.blocks)(x[None]))
-        x = model.decoder_embed(x)[0]
-        rows = model.mask_token[0].repeat(len(u), 1).index_put((visible,), x[1:])
-        x = torch.cat([x[:1], rows]) + model.decoder_pos_embed[0]
-        decoded = u.argsort()[:kept + int(keep * (len(u) - kept))].sort().values
-        x = x[F.pad(decoded + 1, (1, 0))]
-        x = model.decoder_norm(torch.nn.Sequential(*model.decoder_blocks)(x[None]))
-        x = model.decoder_pred(x)[0, 1:]
-        preds.append(torch.zeros_like(patches).index_put((decoded,), x))
-        mask = torch.zeros(len(u), dtype=torch.float64)
-        masks.append(mask.index_fill(0, decoded, 1).index_fill(0, visible, 0))
-        if model.norm_pix_loss:
-            patches = patches - patches.mean(1, keepdim=True)
-            patches = patches / (patches.var(1, keepdim=True) + 1e-6).sqrt()
-        losses.append((preds[-1] - patches)[masks[-1] > 0].square().mean())
-    return torch.stack(losses).mean(), torch.stack(preds), torch.stack(masks)
+    patches = F.unfold(image[None], s, stride=s)[0].T  # (L, 3 * s * s)
+    patches = patches.unflatten(1, (3, -1)).mT.flatten(1)  # (L, s * s * 3)
+    kept = int(len(noise) * (1 - mask_ratio) + 1e-6)
+    visible = noise.argsort()[:kept].sort().values
+    tokens = model.patch_embed.proj(image[None])[0].flatten(1).T + model.pos_embed[0, 1:]
+    x = torch.cat([model.cls_token[0] + model.pos_embed[0, :1], tokens[visible]])
+    x = model.norm(torch.nn.Sequential(*model.blocks)(x[None]))
+    x = model.decoder_embed(x)[0]
+    rows = model.mask_token[0].repeat(len(noise), 1).index_put((visible,), x[1:])
+    x = torch.cat([x[:1], rows]) + model.decoder_pos_embed[0]
+    decoded = noise.argsort()[:kept + int(keep * (len(noise) - kept))].sort().values
+    x = x[F.pad(decoded + 1, (1, 0))]
+    x = model.decoder_norm(torch.nn.Sequential(*model.decoder_blocks)(x[None]))
+    x = model.decoder_pred(x)[0, 1:]
+    pred = torch.zeros_like(patches).index_put((decoded,), x)
+    mask = torch.zeros(len(noise), dtype=torch.float64).index_fill(0, decoded, 1)
+    mask = mask.index_fill(0, visible, 0)
+    if model.norm_pix_loss:
+        patches = patches - patches.mean(1, keepdim=True)
+        patches = patches / (patches.var(1, keepdim=True) + 1e-6).sqrt()
+    return (pred - patches)[mask > 0].square().mean(), pred, mask
 
 
 @pytest.mark.parametrize("norm_pix_loss, keep", [(True, 1.0), (False, 1.0), (True, 0.5)])
@@ -938,14 +931,14 @@ def test_models_forward_and_gradients_equal_a_plain_reference(norm_pix_loss, kee
     noise = torch.rand(3, 16)
     loss, pred, mask = model(imgs, 0.7, noise, keep)
     loss.backward()
-    expected_loss, expected_pred, expected_mask = reference_mae(plain, imgs, noise, 0.7, keep)
-    expected_loss.backward()
-    assert torch.equal(mask, expected_mask) and mask.sum(1).tolist() == [12 * keep] * 3
+    rows = [reference_mae(plain, *pair, 0.7, keep) for pair in zip(imgs, noise)]
+    losses, preds, masks = (torch.stack(parts) for parts in zip(*rows))
+    losses.mean().backward()
+    assert torch.equal(mask, masks) and mask.sum(1).tolist() == [12 * keep] * 3
     shown = mask[..., None]
     ours, expected = ([p.grad for p in m.parameters() if p.requires_grad] for m in (model, plain))
     torch.testing.assert_close([loss, pred * shown, *ours],
-                               [expected_loss, expected_pred * shown, *expected],
-                               rtol=1e-5, atol=1e-9)
+                               [losses.mean(), preds * shown, *expected], rtol=1e-5, atol=1e-9)
 
 
 def test_models_inputs():
@@ -981,13 +974,11 @@ def test_models_state_dict_is_the_official_one():
         encoder = timm.create_model("vit_base_patch16_224", num_classes=0)
         decoder = timm.models.VisionTransformer(embed_dim=512, depth=8, num_heads=16,
                                                 num_classes=768)
-    names = {"pos_embed": "decoder_pos_embed", "cls_token": "mask_token", "head": "decoder_pred",
-             "norm": "decoder_norm", "blocks": "decoder_blocks"}  # of the decoder, as a ViT
     expected = {k: v.shape for k, v in encoder.state_dict().items()}
     for name, value in decoder.state_dict().items():
-        first, *rest = name.split(".")
-        if first in names:
-            expected[".".join([names[first], *rest])] = value.shape
+        name = re.sub("^(pos_embed|norm|blocks)", r"decoder_\1", name)
+        name = name.replace("cls_token", "mask_token").replace("head", "decoder_pred")
+        expected.setdefault(name, value.shape)  # patch_embed is the encoder's
     expected |= {"decoder_embed.weight": (512, 768), "decoder_embed.bias": (512,)}
     assert {k: v.shape for k, v in base.state_dict().items()} == expected
     heads = [block.attn.num_heads for block in (*base.blocks, *base.decoder_blocks)]
