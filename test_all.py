@@ -392,6 +392,7 @@ def test_build_killed_leaves_nothing(folder, tmp_path, monkeypatch, who, number,
             os.kill(os.getpid() if who == "worker" else os.getppid(), number)
         return encode_sample(settings, picture)
     monkeypatch.setattr(build_beton, "encode_sample", encode)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for a build that would not take it
     words = ["--data-dir", folder / "train", "--out", tmp_path / "x.beton", "--num-workers", 2]
     assert word in built(*words, code=1)
     assert not os.listdir(tmp_path) and not multiprocessing.active_children()
