@@ -1288,6 +1288,8 @@ def test_pretrain_torchrun_restarts_after_a_killed_rank(folder, tmp_path, kills)
         words = flags(pretrain, folder, tmp_path / name, "--save-minutes", 0)
         errors = run(script, *words, ranks=2, **env).stderr
         assert errors.count("exitcode: -9") == (kills if name == "cut" else 0)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").open()]
+    assert steps == [4, 8, 12, 16]  # none was done again
     check_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
