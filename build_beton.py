@@ -210,10 +210,10 @@ def draw_picture(split, index):
     shade = Image.linear_gradient("L").rotate(rng.uniform(0, 360)).crop((40, 40, 216, 216))
     dark, light = rng.integers((30, 140), (100, 220), (3, 2)).T.tolist()
     picture = ImageOps.colorize(shade.resize((w, h)), dark, light)
-    radius = min(w, h) * rng.uniform(0.32, 0.45)
-    x, y = (np.array([w, h]) / 2 + radius * rng.uniform(-0.1, 0.1, 2)).tolist()
+    r = min(w, h) * rng.uniform(0.32, 0.45)
+    x, y = (np.array([w, h]) / 2 + r * rng.uniform(-0.1, 0.1, 2)).tolist()
     fill = tuple((COLOURS[colour] + rng.integers(-25, 26, 3)).tolist())
-    ImageDraw.Draw(picture).regular_polygon((x, y, radius), SIDES[shape], rng.uniform(-15, 15), fill)
+    ImageDraw.Draw(picture).regular_polygon((x, y, r), SIDES[shape], rng.uniform(-15, 15), fill)
     return picture.reduce(2)
 
 

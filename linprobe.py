@@ -102,7 +102,7 @@ def save_checkpoint(path, **state):  # written aside, then renamed: path is alwa
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a full disk
         tmp_path.unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {e.__context__ or e}. Mend that, start again.")
+        raise SystemExit(f"{path}: {e if isinstance(e, OSError) else e.__context__ or e}. Mend it.")
     os.replace(tmp_path, path)
 
 

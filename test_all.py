@@ -234,8 +234,8 @@ def test_build_sources_give_the_same_file(folder, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["names", "numbers", "devkit"])
 def test_build_labels_of_flat_sources(folder, tmp_path, kind, monkeypatch):
-    """--labels of names (as Kaggle's csv), of numbers, or of what README's code makes of the devkit,
-    whose numbers are those of its meta.mat, give the pictures of a flat tar their labels."""
+    """--labels of names (as Kaggle's csv), of numbers, or from README's code for the devkit, whose
+    numbers are those of its meta.mat, give the pictures of a flat tar their labels."""
     monkeypatch.chdir(tmp_path)
     expected = {f"ILSVRC2012_val_{i:08}": label for i, label in enumerate((1, 0, 0, 1, 1), 1)}
     Path("val.tar").write_bytes(tar_of((f"{name}.JPEG", b"") for name in expected))
@@ -457,8 +457,8 @@ def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
             code = essl_loader.decode_planes(stored.ctypes.data, len(jpeg), width, height, x, y,
                                              right - x, bottom - y, scratch)
             assert code == (essl_loader.OK if divides else essl_loader.UNKNOWN)
-            for row, expected in zip(essl_loader.planes_at(scratch.plane).tolist(),
-                                     full[:1 if gray else 3] if divides else ()):
+            planes = essl_loader.int64s_at(scratch.plane, (3, essl_loader.PLANE_SIZE))
+            for row, expected in zip(planes.tolist(), full[:1 if gray else 3] if divides else ()):
                 address, stride, x0, y0, sx, sy, *_ = row
                 start = address - memory.ctypes.data
                 expected = expected[y // sy:-(-bottom // sy), x // sx:-(-right // sx)]
@@ -1261,7 +1261,7 @@ def test_runs_full_disk_keeps_the_old_checkpoint(tmp_path, request):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     request.addfinalizer(functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    with pytest.raises(SystemExit, match="last.pt cannot be written: .Errno 27. File too large"):
+    with pytest.raises(SystemExit, match="last.pt: .Errno 27. File too large"):
         pretrain.save_checkpoint(path, weights=torch.zeros(1_000_000))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
