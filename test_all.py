@@ -1473,10 +1473,14 @@ def test_finetune_color_jitter_is_pillows():
 
 def test_finetune_eval_counts_each_picture_once(tuned, tmp_path, capsys):
     """13 pictures on two processes and on one give the same row for each set; a checkpoint of
-    finetuning can be probed, and --benchmark times both augmentations."""
+    finetuning can be probed, its groups are as asked; --benchmark times both augmentations."""
     root, _ = tuned
-    words = flags(finetune, root, tmp_path, "--epochs", 1, "--mixup", 0, "--cutmix", 0)
+    words = flags(finetune, root, tmp_path, "--epochs", 1, "--mixup", 0, "--cutmix", 0,
+                  "--layer-decay", 0.5, "--weight-decay", 0.2)
     assert train(finetune, *words) == 0
+    groups = torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {1, 0.5, 0.25, 0.125}  # head, blocks, rest
+    assert {group["weight_decay"] for group in groups} == {0, 0.2}
     words = ["--eval", "--resume", tmp_path / "best.pt", "--batch-size", 4, "--num-workers", 1]
     words += ["--val-data", root / "val.beton", root / "train", "--output-dir"]
     assert train(finetune, *words, tmp_path / "1") == 0
