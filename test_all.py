@@ -698,7 +698,7 @@ def test_loader_reads_files_of_ffcvs_writer(tmp_path):
 
 
 IN_FFCV = """
-import sys, numpy as np
+import os, sys, numpy as np
 from essl_loader import ESSLLoader, ffcv_decoder
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
@@ -710,7 +710,8 @@ def ours():
 
 def theirs(decoder):
     pipelines = {"image": [decoder], "label": [IntDecoder()]}
-    loader = Loader(path, 16, num_workers=2, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    loader = Loader(path, 16, num_workers=min(2, len(os.sched_getaffinity(0))),
+                    order=OrderOption.SEQUENTIAL, pipelines=pipelines)
     images, labels = zip(*[(images.copy(), labels.copy()) for images, labels in loader])
     return np.concatenate(images), np.concatenate(labels)[:, 0]
 
