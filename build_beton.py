@@ -164,7 +164,7 @@ def find_data(source, labels_file, classes_file):
         pictures = [p._replace(label=label_of.get(Path(p.name).stem)) for p in pictures]
     labels = {picture.label for picture in pictures}
     if classes_file:
-        classes = BetonReader(classes_file.with_suffix(".beton")).classes
+        classes = BetonReader(classes_file.with_suffix(".beton")).classes or []
     elif all(isinstance(label, int) for label in labels):
         classes = [str(number) for number in range(min(max(labels), 99_999) + 1)]
     else:

@@ -1069,7 +1069,7 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
     """Decodes the MCUs of a JPEG that the box touches to Y, Cb, Cr planes; a code of REASONS.
 
     Fills the rows of scratch.plane. Only the restart intervals that the box touches are decoded;
-    without markers, all that lies before its end. UNKNOWN: nothing was done, libjpeg-turbo should.
+    without markers, all that lies before its end. UNKNOWN: of a kind that only libjpeg-turbo reads.
     Reference: libjpeg-turbo's planes of the whole picture.
     """
     info = int64s_at(scratch.info, (INFO_SIZE,))

@@ -266,11 +266,13 @@ def test_build_refuses_in_words(folder, tmp_path):
     (tmp_path / "cut.tar").write_bytes((tmp_path / "flat.tar").read_bytes()[:9000])
     (tmp_path / "two.txt").write_text("0.png,dog\n1.png,cat\n")
     (tmp_path / "empty/dog").mkdir(parents=True)
+    (tmp_path / "unnamed.beton").write_bytes((folder / "val.beton").read_bytes())  # no .json
     before = sorted(tmp_path.iterdir())
     for source, words, named in (
             ("cut.tar", [], "cut.tar"), ("empty", [], "empty holds no picture"),
             ("missing", [], "missing"), ("flat.tar", ["--labels", tmp_path / "two.txt"], "two.txt"),
-            (folder / "val", ["--classes", tmp_path / "two.txt"], "two.beton")):
+            (folder / "val", ["--classes", tmp_path / "two.txt"], "two.beton"),
+            (folder / "val", ["--classes", tmp_path / "unnamed.beton"], "none of the 0 classes")):
         words = ["--data-dir", tmp_path / source, "--out", tmp_path / "x.beton", *words]
         errors = built(*words, code=2)
         assert named in errors and errors.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
@@ -1254,17 +1256,20 @@ def test_pretrain_ends_where_the_loss_stays_not_finite(folder, tmp_path):
         assert all(v.isfinite().all() for v in modules.values())
 
 
-def test_runs_full_disk_keeps_the_old_checkpoint(tmp_path, request):
-    """A checkpoint that cannot be written ends the run in words; the one before stays whole."""
-    path = tmp_path / "last.pt"
-    pretrain.save_checkpoint(path, weights=torch.zeros(9))
-    before = path.read_bytes()
+def test_pretrain_full_disk_ends_and_goes_on(folder, unbroken, tmp_path, request, capsys):
+    """Where a checkpoint cannot be written the run ends in words, last.pt stays whole, and with
+    room again the same command ends with the unbroken bits."""
+    train_to_signal(5, pretrain, *flags(pretrain, folder, tmp_path))
+    before = (tmp_path / "last.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     request.addfinalizer(functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    with pytest.raises(SystemExit, match="last.pt: .Errno 27. File too large"):
-        pretrain.save_checkpoint(path, weights=torch.zeros(1_000_000))
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    assert pretrain_here(folder, tmp_path) == 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ".pt: [Errno 27] File too large" in capsys.readouterr().err
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    assert pretrain_here(folder, tmp_path) == 0
+    check_same_end(tmp_path, unbroken)
 
 
 KILLED = """
