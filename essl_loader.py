@@ -520,9 +520,9 @@ def center_box(width, height, crop_ratio):
 
 
 # --- kernels: JPEG. Codes that kernels return, and what they mean to a person
-OK, SHORT_READ, BROKEN, OTHER_SIZE, UNKNOWN = range(5)
+OK, SHORT_READ, BROKEN, OTHER_SIZE = range(4)
 REASONS = {
-    SHORT_READ: "the file ends inside it",
+    SHORT_READ: "it cannot be read: the file ends inside it, or the disk fails",
     BROKEN: "its JPEG data are damaged",
     OTHER_SIZE: "its own size and the one in the file's table differ"}
 # What parse_jpeg finds. MCU = the 8x8 to 16x16 pixels whose blocks of all components JPEG stores
@@ -624,15 +624,14 @@ def load_16(address):
 
 @njit
 def parse_jpeg(source, size, info, tables, quants):
-    """Reads the header and tables of a baseline JPEG at an address; returns a code of REASONS.
+    """Reads the header and tables of a baseline JPEG at an address; False for any other kind.
 
-    Anything out of the ordinary is UNKNOWN: libjpeg-turbo says what that is. tables, quants:
-    addresses of four each. A quantisation step is stored with the inverse DCT's scale factors,
-    float32, in natural order.
+    tables, quants: addresses of four each. A quantisation step is stored with the inverse DCT's
+    scale factors, float32, in natural order.
     """
     info[:] = 0
     if size < 4 or load_16(source) != 0xFFD8:
-        return UNKNOWN
+        return False
     at = source + 2
     while at + 4 <= source + size:
         marker = load_16(at)
@@ -640,12 +639,12 @@ def parse_jpeg(source, size, info, tables, quants):
         p = at + 4
         end = at + 2 + length
         if end + 2 > source + size:
-            return UNKNOWN
+            return False
         if marker == 0xFFDB:  # quantisation tables of bytes
             while p + 65 <= end:
                 t = load_byte(p)
                 if t > 3:
-                    return UNKNOWN
+                    return False
                 for k in range(64):
                     natural = ZIGZAG[k]
                     scale = AAN[natural >> 3] * AAN[natural & 7] / 8
@@ -659,48 +658,48 @@ def parse_jpeg(source, size, info, tables, quants):
                 for k in range(16):
                     n += load_byte(p + 1 + k)
                 if load_byte(p) & 0xEE or p + 17 + n > end:
-                    return UNKNOWN
+                    return False
                 if not build_table(p + 1, t < 2, tables + TABLE * t):
-                    return UNKNOWN
+                    return False
                 info[TABLES] |= 1 << t
                 p += 17 + n
         elif marker == 0xFFC0 or marker == 0xFFC1:  # frame: size and sampling
             n = (length - 8) // 3
             if length != 11 and length != 17 or load_byte(p) != 8 or load_byte(p + 5) != n:
-                return UNKNOWN
+                return False
             info[HEIGHT] = load_16(p + 1)
             info[WIDTH] = load_16(p + 3)
             info[COMPONENTS] = n
             for c in range(n):
                 sampling = load_byte(p + 7 + 3 * c)
                 if load_byte(p + 6 + 3 * c) != c + 1 or (c > 0 and sampling != 0x11):
-                    return UNKNOWN
+                    return False
                 info[QUANT + c] = load_byte(p + 8 + 3 * c) & 3
             info[H_SAMP] = load_byte(p + 7) >> 4 if n == 3 else 1
             info[V_SAMP] = load_byte(p + 7) & 15 if n == 3 else 1
             if not (1 <= info[H_SAMP] <= 2 and 1 <= info[V_SAMP] <= 2):
-                return UNKNOWN
+                return False
         elif marker == 0xFFDD and length == 4:
             info[INTERVAL] = load_16(p)
         elif marker == 0xFFDA:  # scan: the entropy-coded data follow
             info[SCAN] = end
             n = info[COMPONENTS]
             if n == 0 or length != 6 + 2 * n or load_byte(p) != n:
-                return UNKNOWN
+                return False
             for c in range(n):
                 used = load_byte(p + 2 + 2 * c)
                 info[DC + c] = used >> 4
                 info[AC + c] = 2 + (used & 15)
                 needed = 16 << info[QUANT + c] | 1 << info[DC + c] | 1 << info[AC + c]
                 if load_byte(p + 1 + 2 * c) != c + 1 or used & 0xEE:
-                    return UNKNOWN
+                    return False
                 if info[TABLES] & needed != needed:
-                    return UNKNOWN
-            return OK
+                    return False
+            return True
         elif not 0xFFE0 <= marker <= 0xFFFE or marker == 0xFFEE:  # comments do not matter
-            return UNKNOWN  # FFEE: Adobe's, which may say that the components are RGB
+            return False  # FFEE: Adobe's, which may say that the components are RGB
         at = end
-    return UNKNOWN
+    return False
 
 
 @njit
@@ -1066,17 +1065,17 @@ def row_to_planes(info, plane, row, scratch):
 
 @njit(nogil=True, cache=True)
 def decode_planes(address, size, width, height, x, y, w, h, scratch):
-    """Decodes the MCUs of a JPEG that the box touches to Y, Cb, Cr planes; a code of REASONS.
+    """Decodes the MCUs of a JPEG that the box touches to Y, Cb, Cr planes: rows of scratch.plane.
 
-    Fills the rows of scratch.plane. Only the restart intervals that the box touches are decoded;
-    without markers, all that lies before its end. UNKNOWN: of a kind that only libjpeg-turbo reads.
+    Only the restart intervals that the box touches are decoded; without markers, all that lies
+    before its end. False where the JPEG is damaged, or of a kind that only libjpeg-turbo reads.
     Reference: libjpeg-turbo's planes of the whole picture.
     """
     info = int64s_at(scratch.info, (INFO_SIZE,))
     plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
-    code = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
-    if code != OK or info[WIDTH] != width or info[HEIGHT] != height:
-        return UNKNOWN
+    known = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
+    if not known or info[WIDTH] != width or info[HEIGHT] != height:
+        return False
     mcu_w = 8 * info[H_SAMP]
     mcu_h = 8 * info[V_SAMP]
     across = (width + mcu_w - 1) // mcu_w
@@ -1086,7 +1085,7 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
     col1 = (x + w + mcu_w - 1) // mcu_w
     k = info[INTERVAL]
     if k > 0 and across % k != 0:  # an interval goes on in the next row
-        return UNKNOWN
+        return False
     first_row = row0
     last = col1
     if k == 0:  # one interval that never ends
@@ -1099,7 +1098,7 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
         store_int64(scratch.zigzag + 8 * i, 16 * ZIGZAG[i] if i < 64 else GROUP - 16)
     starts = int64s_at(scratch.starts, (needed + 1,))
     if not find_intervals(address + size, info, starts, needed):
-        return BROKEN
+        return False
     at = scratch.planes
     for c in range(info[COMPONENTS]):
         step_x = 1 if c == 0 else info[H_SAMP]
@@ -1112,10 +1111,13 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
         memset(scratch.coefs, 0, row_bytes)
         list_units(info, k, row, across, first, last, scratch)
         if not decode_units(scratch.streams, scratch.zigzag, scratch.places):
-            return BROKEN
+            return False
         if row >= row0:
             row_to_planes(info, plane, row - row0, scratch)
-    return OK
+    if info[INTERVAL] == 0 and row1 * mcu_h >= height:  # the data end with the last row
+        unit = scratch.units + UNIT_SIZE
+        return load_int64(unit + BIT_LAST) > load_int64(unit + BIT_HIGH) - 8
+    return True
 
 
 # --- kernels: antialiased resize. Reference: Pillow's resize of the crop, plane by plane
@@ -1357,11 +1359,10 @@ def decode_rgb(address, size, width, height, to):
 def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
     """One stored sample's box to scratch.plane, Y, Cb, Cr or R, G, B; returns a code of REASONS."""
     if mode == 0:
-        code = decode_planes(address, size, width, height, x, y, w, h, scratch)
-        if code != UNKNOWN:
-            return code
+        if decode_planes(address, size, width, height, x, y, w, h, scratch):
+            return OK
         rgb = scratch.planes
-        code = decode_rgb(address, size, width, height, rgb)
+        code = decode_rgb(address, size, width, height, rgb)  # as --verify does: it decides
     else:
         rgb = address
         code = OK if size == 3 * width * height else OTHER_SIZE
@@ -1561,7 +1562,7 @@ class BetonReader:
         try:
             text = bytes(fields["arguments"][image]).rstrip(b"\0")  # FFCV leaves these bytes 0
             self.settings = dict(json.loads(text or "{}"))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise self._error("its build settings are garbled") from None
         checksum = tables_checksum(header, self.settings, samples, alloc)
         if self.settings and self.settings.get("checksum") != checksum:
@@ -1596,7 +1597,7 @@ class BetonReader:
             excluded = sorted(int(number) for number in content.get("excluded") or {})
             if excluded and not 0 <= excluded[0] <= excluded[-1] < self.num_samples:
                 raise ValueError(f"it excludes samples {excluded[0]} to {excluded[-1]}")
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(f"{sidecar}: not the sidecar of {self.path}, which has "
                             f"{self.num_samples:,} samples ({error}). Build both again, or remove "
                             "the sidecar to go on without class names, with all samples.") from None
@@ -1690,6 +1691,7 @@ class EpochLoader(contextlib.AbstractContextManager):
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("num_workers", self.num_workers >= 0, "at least 0"),
                 ("views", self.views == 1 or self.views > 1 and self.train, "1 where train=False"),
+                ("crop_ratio", 0 < self.crop_ratio <= 1, "above 0, at most 1"),
                 ("indices", inside.size and inside.all(), f"samples 0 to {total - 1}")):
             check(name, getattr(self, name), good, expected)
         self.device = torch.device(self.device)
@@ -1835,8 +1837,9 @@ class Epoch:
         self.filling = {}  # batch: its buffer
         self.complete = set()
         self.events = queue.SimpleQueue()  # from the threads: numbers of batches, exceptions
-        self.fills = threading.Semaphore(0)  # wakes the threads: as many as there are for a batch
-        self.reads = threading.Semaphore(AHEAD)  # batches that may be read ahead
+        # Queues, not semaphores: the garbage collector may call stop() in any of the threads
+        self.fills = queue.SimpleQueue()  # wakes the threads: as many as there are for a batch
+        self.reads = queue.SimpleQueue()  # batches that may be read ahead
         self.stopped = False
         self.job = Job(
             reader.file.fileno(), reader.modes, reader.widths, reader.heights, reader.ptrs,
@@ -1875,7 +1878,7 @@ class Epoch:
             if completed >= 0:
                 self.events.put(completed)
             else:
-                self.fills.acquire()
+                self.fills.get()
 
     def _read_ahead(self):
         """Asks the system for the windows that the coming batches lie in, front to back."""
@@ -1884,7 +1887,8 @@ class Epoch:
         size = self.job.batch_size
         asked = set()
         for batch in range(self.start, self.end):
-            self.reads.acquire()
+            if batch >= self.start + AHEAD:
+                self.reads.get()
             if self.stopped:
                 return
             numbers = reader.ptrs[self.job.samples[batch * size:(batch + 1) * size]] // window
@@ -1901,20 +1905,24 @@ class Epoch:
         job = self.job
         free = self.loader.free_buffers
         nbytes = job.views * job.batch_size * 3 * job.res ** 2
-        while free and free[-1].nbytes != nbytes:  # of another resolution
-            free.pop()
-        if not free:
+        buffer = free.pop() if free else None
+        while buffer is not None and buffer.nbytes != nbytes:  # of another resolution
+            buffer = free.pop() if free else None
+        if buffer is None:
             pinned = self.loader.device.type == "cuda"
-            free.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy())
-        buffer = free.pop()
+            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
         view = buffer[:]  # lives as long as a tensor made from it; then the buffer is free again
         weakref.finalize(view, free.append, buffer)
         self.filling[self.granted] = view
         job.addresses[self.granted] = buffer.ctypes.data
         self.granted += 1
         advance(job.limit, 1)
-        self.fills.release(self.loader.num_workers)
-        self.reads.release()
+        self._wake()
+
+    def _wake(self):
+        self.reads.put(None)
+        for _ in self.threads:
+            self.fills.put(None)
 
     def take(self, batch):
         """Waits for a batch: its pictures, uint8 ([views,] B, 3, res, res), and its labels."""
@@ -1939,14 +1947,14 @@ class Epoch:
         return images if job.views > 1 else images[0], labels
 
     def stop(self):
-        if os.getpid() != self.loader._process:
-            return  # in a fork the threads are missing
+        if os.getpid() != self.loader._process or sys.is_finalizing():
+            return  # in a fork, or at Python's end, the threads are gone
         self.stopped = True
         advance(self.job.limit, -2 * self.end)  # the kernels return after the image at hand
-        self.fills.release(len(self.threads))
-        self.reads.release()
+        self._wake()
         for thread in self.threads:
-            thread.join()
+            if thread is not threading.current_thread():
+                thread.join()
         self.events.put(RuntimeError("the loader was closed"))
 
 

@@ -79,7 +79,7 @@ def get_args(argv):
     args = p.parse_args([re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
                          for word in argv])
     measuring = args.eval or args.benchmark
-    if argv and not measuring and (args.finetune is None or len(args.val_data) > 1):
+    if not measuring and (args.finetune is None or len(args.val_data) > 1):
         p.error("training needs --finetune CHECKPOINT, or none for random weights, one --val-data.")
     if args.mixup + args.cutmix > 0 and args.batch_size % 2:
         p.error(f"mixup and CutMix pair the pictures: --batch-size {args.batch_size} must be even.")
@@ -90,8 +90,8 @@ def get_args(argv):
 
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
-def setup(seed):
-    """torchrun's environment -> rank, world size, device, and the flag that a signal sets."""
+def setup(seed, training):
+    """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -103,12 +103,12 @@ def setup(seed):
     if world > 1:  # a prefix per attempt: torchrun's store still holds the addresses of dead ranks
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(store=store, rank=rank, world_size=world,  # gloo, and nccl on GPUs
-                                timeout=timedelta(hours=1))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # USR1: Slurm's, ahead of time
-        signal.signal(number, lambda *_: stop.fill_(1))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
+        signal.signal(number, lambda *_: stop.fill_(1))  # USR1: Slurm's, ahead of time
     return rank, world, device, stop
 
 
@@ -219,7 +219,7 @@ def evaluate(model, loader, autocast):
 
 def main(args):
     start = time.time()
-    rank, world, device, stop = setup(args.seed)
+    rank, world, device, stop = setup(args.seed, training=not (args.eval or args.benchmark))
     folder = Path(args.output_dir)
     last = folder / "last.pt"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -276,7 +276,7 @@ def main(args):
     ddp_model = model.to(device)
     if world > 1:
         ddp_model = nn.parallel.DistributedDataParallel(model)
-    train_step = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
+    compute_scores = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
     mixing = args.mixup + args.cutmix > 0
     mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
     erase = RandomErasing(args.reprob, mode="pixel", device=device)
@@ -295,12 +295,12 @@ def main(args):
     # The prefix "model." is that of pretraining's checkpoints
     parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler,
                  loader=loader)
-    state = models_mae.resume(args.resume, last, settings, vars(get_args([])), device, **parts)
+    defaults = vars(get_args(["--finetune=none"]))
+    state = models_mae.resume(args.resume, last, settings, defaults, device, **parts)
     step = state["step"] if state else 0
     best = state["best"] if state else -1.0
     if step == steps:
-        print0(f"{last} is of a finished run of {args.epochs} epochs, best top-1 {best:.2f} %.")
-        return
+        return print0(f"{last} is finished: {args.epochs} epochs, best top-1 {best:.2f} %.")
 
     # --- train
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
@@ -344,7 +344,7 @@ def main(args):
                 # DDP averages the ranks' gradients in the last micro-batch of a step
                 ddp_model.require_backward_grad_sync = micro == accum - 1
                 with autocast:
-                    scores = train_step(images)
+                    scores = compute_scores(images)
                 loss = F.cross_entropy(scores.float(), targets,
                                        label_smoothing=0.0 if mixing else args.smoothing)
                 scaler.scale(loss / accum).backward()

@@ -67,8 +67,8 @@ def get_args(argv):
 
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
-def setup(seed):
-    """torchrun's environment -> rank, world size, device, and the flag that a signal sets."""
+def setup(seed, training):
+    """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -80,12 +80,12 @@ def setup(seed):
     if world > 1:  # a prefix per attempt: torchrun's store still holds the addresses of dead ranks
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(store=store, rank=rank, world_size=world,  # gloo, and nccl on GPUs
-                                timeout=timedelta(hours=1))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # USR1: Slurm's, ahead of time
-        signal.signal(number, lambda *_: stop.fill_(1))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
+        signal.signal(number, lambda *_: stop.fill_(1))  # USR1: Slurm's, ahead of time
     return rank, world, device, stop
 
 
@@ -161,7 +161,7 @@ def make_optimizer(matrix, vector, weight_decay):
 
 def main(args):
     start = time.time()
-    rank, world, device, stop = setup(args.seed)
+    rank, world, device, stop = setup(args.seed, training=not args.knn)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.pt"

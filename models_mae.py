@@ -27,7 +27,7 @@ class WeightsError(ValueError):
 
 # --- masking: replace this one function to try another mask; training and pictures use it
 def masking_noise(shape, generator=None, device=None):
-    """(..., L) random numbers, one a patch, row by row: the smallest K stay visible."""
+    """shape (..., L) -> random numbers, patches row by row: the smallest K stay visible."""
     return torch.rand(shape, generator=generator, device=device)
 
 
@@ -388,7 +388,7 @@ def resume(resume, last, settings, defaults, device, **parts):
         raise WeightsError(f"{path} is of a run with other settings: {'; '.join(mismatches)}. Give "
                            "the same, another --output-dir, or --resume none to start over.")
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state.pop(name))  # not kept twice
     return state
 
 

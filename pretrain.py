@@ -33,7 +33,7 @@ from schedules import PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAG
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
-            batch_size=64, blr=4e-3)
+            batch_size=64, blr=4e-3, compile=False)  # torch.compile needs a C compiler
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
 # Flags that a resumed run may change; all others must be those of the run before
 FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "recompute", "resume",
@@ -56,7 +56,7 @@ def get_args(argv):
     add("--mask-ratio", type=float, help="one for all stages, instead of the scheme's")
     add("--decoder-depth", type=int, help="decoder blocks; the default is the model's, 8 for ViT-B")
     add("--decoder-keep", type=float, default=1.0, help="share of removed patches to reconstruct")
-    add("--repeat", type=int, default=1, help="masks of each loaded picture in a step")
+    add("--repeat", type=int, default=1, help="uses of each loaded picture in a step")
     add("--epochs", type=int, default=PRETRAIN["epochs"], help="passes over the data")
     add("--warmup-epochs", type=float, default=PRETRAIN["warmup_epochs"], help="linear warm-up")
     add("--blr", type=float, default=PRETRAIN["blr"], help="learning rate for 256 images a step")
@@ -96,8 +96,8 @@ def get_args(argv):
 
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
-def setup(seed):
-    """torchrun's environment -> rank, world size, device, and the flag that a signal sets."""
+def setup(seed, training):
+    """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -109,12 +109,12 @@ def setup(seed):
     if world > 1:  # a prefix per attempt: torchrun's store still holds the addresses of dead ranks
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(store=store, rank=rank, world_size=world,  # gloo, and nccl on GPUs
-                                timeout=timedelta(hours=1))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # USR1: Slurm's, ahead of time
-        signal.signal(number, lambda *_: stop.fill_(1))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
+        signal.signal(number, lambda *_: stop.fill_(1))  # USR1: Slurm's, ahead of time
     return rank, world, device, stop
 
 
@@ -174,11 +174,8 @@ class ModelWithProbe(nn.Module):
 
 @torch.no_grad()
 def probe_accuracy(module, loader, autocast):
-    """The probe's top-1 in percent on full held-out pictures at the run's input size, all ranks'.
-
-    The head standardises them by their own mean and variance: those of masked pictures differ
-    (36 % instead of 52 % on imagenette after 60 epochs at 64 pixels).
-    """
+    """The probe's top-1 in percent on full held-out pictures, all ranks'. BatchNorm takes the mean
+    and variance of these: with those of masked ones it was 36 instead of 52 % on imagenette."""
     with autocast:
         shares = [[(module.model.features(x).float().cpu(), y.cpu()) for x, y in loader]]
     if dist.is_initialized():
@@ -215,8 +212,8 @@ class Window:
         if dist.is_initialized():
             dist.all_reduce(self.losses)
         mean = self.losses[0] / self.losses[1]
-        trains = mean.isfinite() and scaler.get_scale() > 0.5 ** self.steps
-        if self.steps > enough and not trains:
+        all_skipped = scaler.get_scale() <= 0.5 ** self.steps  # each skipped step halved it
+        if self.steps > enough and (all_skipped or not mean.isfinite()):
             raise DataError("Loss or gradients are not finite. Lower --blr, --resume none anew.")
         scaler.update(1.0)  # counts the skips of the next window
         return mean.item()
@@ -234,7 +231,7 @@ class Window:
         return row
 
 
-def benchmark(args, module, train_step, optimizer, scaler, autocast, loader, flops):
+def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, flops):
     """Times N steps of --batch-size in each stage: on random pictures, then with the loader."""
     rows = []
     for (res, mask_ratio), source in itertools.product(flops, ("random", "loader")):
@@ -255,7 +252,7 @@ def benchmark(args, module, train_step, optimizer, scaler, autocast, loader, flo
                 images, labels = next(batches)
                 window.data_time += time.time() - t_data
                 with autocast:
-                    loss, _ = train_step(images, labels, mask_ratio, noise)
+                    loss, _ = compute_loss(images, labels, mask_ratio, noise)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
@@ -274,7 +271,7 @@ def benchmark(args, module, train_step, optimizer, scaler, autocast, loader, flo
 
 def main(args):
     start = time.time()
-    rank, world, device, stop = setup(args.seed)
+    rank, world, device, stop = setup(args.seed, training=not args.benchmark)
     folder = Path(args.output_dir)
     last = folder / "last.pt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -321,10 +318,9 @@ def main(args):
              for _, stage in stages]
     module = ModelWithProbe(model, int(loader.labels.max()) + 1, args.probe, args.decoder_keep)
     ddp_model = module.to(device)
-    if world > 1:  # a static graph cannot be told of no_sync, which accumulation needs
-        ddp_model = nn.parallel.DistributedDataParallel(
-            module, gradient_as_bucket_view=True, static_graph=accum == 1)
-    train_step = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
+    if world > 1:
+        ddp_model = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    compute_loss = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # --- optimizer
@@ -336,7 +332,7 @@ def main(args):
     # without waiting for the GPU, and halves the scale, by which they are counted
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
     if args.benchmark:
-        return benchmark(args, module, train_step, optimizer, scaler, autocast, loader,
+        return benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader,
                          dict(zip((stage for _, stage in stages), costs)))
 
     # --- resume
@@ -360,6 +356,7 @@ def main(args):
     if board:
         (folder / "args.json").write_text(json.dumps(vars(args) | {"world_size": world}, indent=1))
     bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
+    # The mask of picture i of micro-batch a on rank r, repeat k, is noise[a, i, r, k]
     noise_shape = (accum, args.batch_size // args.repeat, world, args.repeat)
     stopping = False
     window = Window(device)
@@ -373,7 +370,7 @@ def main(args):
         loader.set_stage(res=res)
         batches = iter(loader)
         while step < (epoch + 1) * steps_per_epoch and not stopping:
-            # One draw for all ranks, (accum, B, L) of it: any number of ranks gives the same masks
+            # The masks of all ranks, of them this rank's, (accum, B, L): the same on any number
             rng = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
             shape = (*noise_shape, (res // model.patch_size) ** 2)
             noise = models_mae.masking_noise(shape, rng, device)[:, :, rank].flatten(1, 2)
@@ -387,7 +384,7 @@ def main(args):
                 # DDP averages the ranks' gradients in the last micro-batch of a step
                 ddp_model.require_backward_grad_sync = micro == accum - 1
                 with autocast:
-                    loss, mae_loss = train_step(images, labels, mask_ratio, noise[micro])
+                    loss, mae_loss = compute_loss(images, labels, mask_ratio, noise[micro])
                 scaler.scale(loss / accum).backward()
                 window.losses += torch.stack([mae_loss.nan_to_num(0, 0, 0), mae_loss.isfinite()])
             scaler.step(optimizer)
@@ -410,8 +407,9 @@ def main(args):
                 if val and epoch_ends and ((epoch + 1) % probe_every == 0 or step == steps):
                     row["probe_top1"] = probe_accuracy(module, val, autocast)
                 log(board, step, **row)
-                # Remaining FLOPs over FLOP/s: right across stages
-                steps_left = (sum(costs[epoch:]) / costs[epoch] + epoch) * steps_per_epoch - step
+                # From this epoch's start, at this stage's cost: right across stages
+                epochs_left = sum(costs[epoch:]) / costs[epoch]
+                steps_left = (epoch + epochs_left) * steps_per_epoch - step
                 left = timedelta(seconds=int(steps_left * args.total_batch / row["img_s"]))
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, {row['img_s']:.0f} img/s, {left} left")
                 first_loss = first_loss or mean_loss
@@ -432,10 +430,12 @@ def main(args):
             break
 
     # --- end
-    probe = f"probe top-1 {row['probe_top1']:.1f} %, " if step == steps and val else ""
-    print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {mean_loss:.3f}, {probe}"
-           f"{timedelta(seconds=int(time.time() - start))}, {last}" if step == steps else
-           f"stopped at step {step}: the same command goes on from {last}")
+    if step == steps:
+        probe = f"probe top-1 {row['probe_top1']:.1f} %, " if val else ""
+        print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {mean_loss:.3f}, {probe}"
+               f"{timedelta(seconds=int(time.time() - start))}, {last}")
+    else:
+        print0(f"stopped at step {step}: the same command goes on from {last}")
     if board:
         board.close()
     if world > 1:

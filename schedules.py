@@ -30,7 +30,7 @@ PRETRAIN_SCHEMES = {
     "lean": ((224, 0.90), (192, 0.90), (224, 0.90)),
 }
 # Shares of the epochs. The paper does not print them: inferred from its published command and
-# from Table 11's run times. A scheme with other shares, or more stages, has a row in SHARES.
+# from Table 11's run times. Other shares, or not three stages: a row in PRETRAIN_SHARES.
 PRETRAIN_STAGES = (0.25, 0.25, 0.50)
 PRETRAIN_SHARES = {}
 

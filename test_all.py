@@ -456,9 +456,9 @@ def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
         corners[0] = 0
         ends[0] = (width, height)
         for (x, y), (right, bottom) in zip(corners.tolist(), ends.tolist()):
-            code = essl_loader.decode_planes(stored.ctypes.data, len(jpeg), width, height, x, y,
-                                             right - x, bottom - y, scratch)
-            assert code == (essl_loader.OK if divides else essl_loader.UNKNOWN)
+            known = essl_loader.decode_planes(stored.ctypes.data, len(jpeg), width, height, x, y,
+                                              right - x, bottom - y, scratch)
+            assert known == divides
             planes = essl_loader.int64s_at(scratch.plane, (3, essl_loader.PLANE_SIZE))
             for row, expected in zip(planes.tolist(), full[:1 if gray else 3] if divides else ()):
                 address, stride, x0, y0, sx, sy, *_ = row
@@ -564,6 +564,8 @@ def test_loader_evaluation_visits_each_sample_once(beton):
     loaders = [ESSLLoader(beton, 5, False, res=32, rank=rank, world_size=3) for rank in range(3)]
     seen = torch.cat([labels for loader in loaders for _, labels in loader])
     assert sorted(seen.tolist()) == list(range(40))
+    with pytest.raises(ValueError, match="crop_ratio"):  # larger than the picture
+        ESSLLoader(beton, 8, train=False, crop_ratio=1.02)
 
 
 def test_loader_kernels_compile_for_arm():
@@ -825,6 +827,26 @@ def fuzz(number, folder):
     except ValueError:
         outcomes.append("refused")
     return outcomes
+
+
+@pytest.mark.parametrize("options", [{}, dict(restart_marker_blocks=1)])
+def test_loader_refuses_what_libjpeg_turbo_refuses(options):
+    """A flipped bit in a JPEG's data, with and without markers, the whole picture read."""
+    rng = np.random.default_rng(0)
+    jpeg = jpeg_of(draw(rng, 90, 70), **options)
+    start = jpeg.index(b"\xff\xda") + 14
+    refused = 0
+    for _ in range(200):
+        data = bytearray(jpeg)
+        data[rng.integers(start, len(data) - 2)] ^= 1 << int(rng.integers(8))
+        try:
+            turbojpeg.decompress(bytes(data), raise_on_warnings=True)
+            expected = essl_loader.OK
+        except RuntimeError:
+            expected = essl_loader.BROKEN
+            refused += 1
+        assert guarded_crop(bytes(data), 90, 70, (0, 0, 90, 70)) == expected
+    assert 10 < refused < 190
 
 
 @pytest.mark.parametrize("count", [30, soak(3000)])
@@ -1406,6 +1428,21 @@ def test_pretrain_benchmark_reports_each_stage(folder, tmp_path):
         flops = models_mae.flops_per_image(row["res"], row["mask_ratio"], **settings)
         assert row["tflops"] == pytest.approx(row["img_s"] * flops / 1e12)
         assert 0 <= row["data_wait"] < 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C ends it at once
+
+
+def test_pretrain_has_a_backend_for_each_device(monkeypatch):
+    """On GPUs the ranks exchange tensors of the CPU by gloo, those of the GPU by nccl."""
+    made = []
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="", MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "TCPStore", lambda *args: torch.distributed.HashStore())
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args: made.append(args))
+    pretrain.setup(0, training=False)
+    backends = torch.distributed.distributed_c10d.BackendConfig(made[0][0]).device_backend_map
+    assert backends == {"cpu": "gloo", "cuda": "nccl"}
 
 
 def test_pretrain_refuses_in_words(folder, tmp_path, capsys):
