@@ -1188,8 +1188,8 @@ def unbroken(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script, words", [
-    (pretrain, []), (pretrain, ["--repeat", 2]), (finetune, []), (linprobe, []),
-    (linprobe, ["--cached"])])
+    (pretrain, []), (pretrain, ["--repeat", 2, "--optimizer", "muon"]), (finetune, []),
+    (linprobe, []), (linprobe, ["--cached"])])
 def test_runs_resume_bit_identical(tuned, tmp_path, script, words):
     """Stopped in and at the end of an epoch, through all stages: the bits of the unbroken run."""
     whole = flags(script, tuned[0], tmp_path / "whole", *words)
@@ -1250,6 +1250,23 @@ def test_pretrain_same_update_however_it_is_cut(folder, tmp_path, repeat):
         gradients.append({i: moment["exp_avg"] * 10 for i, moment in moments.items()})
         torch.testing.assert_close(gradients[-1], gradients[0], rtol=0, atol=1e-6)
     assert len(gradients[0]) > 90
+
+
+def test_pretrain_muon_is_for_the_matrices_of_the_blocks(folder, tmp_path):
+    """One step moves each of them by an orthogonal matrix times 0.2 sqrt(max(out, in)) of its rate,
+    as published (the gradient's few large directions), all else by its rate, as AdamW does."""
+    words = flags(pretrain, folder, tmp_path, "--optimizer", "muon", "--weight-decay", 0)
+    assert train(pretrain, *words, "--max-steps", 2, "--warmup-epochs", 0.25, "--probe", "off") == 0
+    ours = torch.load(tmp_path / "last.pt", weights_only=True)["modules"]
+    torch.manual_seed(0)
+    lr = 4e-3 * 16 / 256  # of the second step; that of the first is 0
+    for name, before in models_mae.mae_vit_nano_patch8(img_size=32).named_parameters():
+        step = before.detach() - ours["model." + name]
+        if "blocks." in name and before.ndim == 2:
+            scales = torch.linalg.svdvals(step / (4 * lr * 0.2 * max(step.shape) ** 0.5))
+            assert 0.7 < scales[1] <= scales[0] < 1.3, name  # in decreasing order
+        elif before.requires_grad:
+            assert 0.5 * lr < step.abs().median() < 1.01 * lr, name
 
 
 def test_pretrain_skips_a_step_that_is_not_finite(folder, tmp_path):
@@ -1417,10 +1434,10 @@ def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch)
         (1, 0.75), (2, 0.5), (3, 0.0), (4, 0.9)]
 
 
-def test_pretrain_benchmark_reports_each_stage(folder, tmp_path):
+def test_pretrain_benchmark_reports_each_stage(folder, tmp_path, capsys):
     """Rows that follow from one another, without and with the loader; few pictures are repeated."""
     assert pretrain_here(folder, tmp_path, "--benchmark", 1, "--batch-size", 80, "--repeat", 2) == 0
-    rows = json.loads((tmp_path / "benchmark.json").read_text())
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines() if row[0] == "{"]
     assert [(row["res"], row["source"]) for row in rows] == [
         (32, "random"), (32, "loader"), (24, "random"), (24, "loader")]
     settings = models_mae.mae_vit_nano_patch8(img_size=32).settings
