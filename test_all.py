@@ -1189,8 +1189,8 @@ def unbroken(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script, words", [
-    (pretrain, []), (pretrain, ["--repeat", 2, "--optimizer", "muon"]), (finetune, []),
-    (linprobe, []), (linprobe, ["--cached"])])
+    (pretrain, ["--repeat", 2, "--optimizer", "muon"]), (finetune, []), (linprobe, []),
+    (linprobe, ["--cached"])])
 def test_runs_resume_bit_identical(tuned, tmp_path, monkeypatch, script, words):
     """Stopped in and at the end of an epoch, through all stages: the bits of the unbroken run."""
     in_float32 = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
