@@ -1442,7 +1442,7 @@ def test_pretrain_benchmark_reports_each_stage(folder, tmp_path, capsys):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     assert pretrain_here(folder, tmp_path, "--benchmark", 1, "--batch-size", 80, "--repeat", 2) == 0
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # Ctrl-C ends it at once
-    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines() if row[0] == "{"]
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines() if row.startswith("{")]
     assert [(row["res"], row["source"]) for row in rows] == [
         (32, "random"), (32, "loader"), (24, "random"), (24, "loader")]
     settings = models_mae.mae_vit_nano_patch8(img_size=32).settings
