@@ -2,13 +2,11 @@
 
     python build_beton.py --data-dir imagenet/train --out data/train_500_95.beton
     python build_beton.py --data-dir ILSVRC2012_img_train.tar --out data/train.beton --lossless
-    python build_beton.py --data-dir ILSVRC2012_img_val.tar --labels LOC_val_solution.csv \\
-        --classes data/train.beton --out data/val_500_100.beton --quality 100
     python build_beton.py --demo              # draws data/demo_train.beton and data/demo_val.beton
     python build_beton.py --verify data/train.beton --exclude-bad
 
-SOURCE is a folder of class folders or of pictures; a .tar of either, or the official tar of class
-tars; a WebDataset .tar, a .parquet or a folder of these. Nothing is unpacked.
+SOURCE is a folder of class folders, of class tars or of pictures; a .tar of any of these; a
+WebDataset .tar, a .parquet or a folder of these. Nothing is unpacked.
 
 --demo takes 10 s on two EPYC cores. Exit code 2: the input is bad; 1: anything else. Last line:
 val.beton: 320 images, 5 classes, 23.8 MB, 0 kept, 320 re-encoded, 0 left out, 3.4 s (95 images/s)
@@ -37,7 +35,8 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from essl_loader import ALLOC, FIELD, HEADER, SAMPLE, BetonReader, bind, tables_checksum
+from essl_loader import (ALLOC, FIELD, HEADER, SAMPLE, BetonReader, bind, tables_checksum,
+                         usable_cores)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 RESAMPLING = {"turbojpeg": Image.Resampling.BOX, "pil": Image.Resampling.BICUBIC}
@@ -55,8 +54,7 @@ def get_args(argv=None):
     add("--out", type=Path, help="the .beton to write; a .json with the class names goes beside it")
     add("--out-dir", type=Path, default=Path("data"), help="folder for --demo (default: data)")
     add("--labels", type=Path, metavar="FILE",
-        help="labels of pictures without class folders: lines of a file name, a comma or a "
-             "space, and its class, as in Kaggle's LOC_val_solution.csv")
+        help="labels without class folders: lines of file name and class, or Kaggle's csv")
     add("--classes", type=Path, metavar="FILE", help="number classes as this .beton does")
     add("--lossless", action="store_true", help="keep JPEGs within --max-resolution as they are")
     add("--max-resolution", type=int, default=500, help="longest side in pixels (default: 500)")
@@ -141,10 +139,11 @@ def find_pictures(source):
                     for name in names if name.lower().endswith(PICTURES)]
     if not pictures:
         raise ValueError(f"{source} holds no picture ({' '.join(PICTURES)}), .tar or .parquet.")
-    if len(packed) > 1 or any(picture.label is not None for picture in pictures):
+    if any(picture.label is not None for picture in pictures):
         return pictures
     # Class folders in ImageFolder's order. A tar's may all lie in ILSVRC/Data/CLS-LOC/train.
-    folders = [os.path.dirname(picture.name) for picture in pictures]
+    tars = len(packed) > 1  # of which one without folders is a class
+    folders = [os.path.dirname(p.name) or Path(p.path).stem * tars for p in pictures]
     top = os.path.commonpath(folders) if packed else ""
     labels = [folder[len(top):].strip("/").split("/")[0] for folder in folders]
     if not any(labels):  # a flat source is one class
@@ -158,9 +157,12 @@ def find_data(source, labels_file, classes_file):
     pictures = find_pictures(source)
     if labels_file:
         lines = labels_file.read_text(errors="replace").splitlines()
-        rows = [re.split("[, ]", line) for line in lines]  # Kaggle's have boxes behind
-        label_of = {Path(row[0]).stem: int(row[1]) if row[1].isdigit() else row[1]
-                    for row in rows if row[1:]}
+        rows = [re.split(r"[,\s]+", line.strip()) for line in lines]  # Kaggle's have boxes behind
+        pairs = {(Path(row[0]).stem, int(row[1]) if row[1].isdecimal() else row[1])
+                 for row in rows if row[1:]}
+        label_of = dict(pairs)
+        if len(label_of) < len(pairs):
+            raise ValueError(f"{labels_file} gives a file name two labels: names must be unique.")
         pictures = [p._replace(label=label_of.get(Path(p.name).stem)) for p in pictures]
     labels = {picture.label for picture in pictures}
     if classes_file:
@@ -169,7 +171,9 @@ def find_data(source, labels_file, classes_file):
         classes = [str(number) for number in range(min(max(labels), 99_999) + 1)]
     else:
         classes = sorted(label for label in labels if isinstance(label, str))
-    number_of = {label: i for i, name in enumerate(classes) for label in (i, name)}
+    # A number is a class's name where all names are numbers, else its place
+    numbers = map(int, classes) if all(map(str.isdecimal, classes)) else range(len(classes))
+    number_of = {label: i for i, pair in enumerate(zip(numbers, classes)) for label in pair}
     for path, name, _, _, label in pictures:
         if label not in number_of:
             raise ValueError(f"{path}/{name} has the label {label!r}, none of the {len(classes):,} "
@@ -218,15 +222,11 @@ def draw_picture(split, index):
 
 
 # --- encoding, in the worker processes
-def divisors(mcus):
-    """What a row of so many MCUs can be cut into, so that restart markers line up in columns."""
-    return [k for k in range(1, mcus + 1) if mcus % k == 0]
-
-
 def compress(picture, quality, chroma):
     """An RGB image as baseline JPEG bytes with optimised Huffman tables and restart markers."""
     mcus = -(-picture.width // (16 if chroma == "420" else 8))
-    interval = min(divisors(mcus), key=lambda k: (max(3 - k, k - 4, 0), -k))  # 3 or 4, if possible
+    divisors = [k for k in range(1, mcus + 1) if mcus % k == 0]  # so that markers line up
+    interval = min(divisors, key=lambda k: (max(3 - k, k - 4, 0), -k))  # 3 or 4, if possible
     buffer = io.BytesIO()
     picture.info.clear()  # save() would copy the comment of the file that was read
     # libjpeg cannot write markers into a full buffer: let the whole JPEG fit.
@@ -239,14 +239,15 @@ def compress(picture, quality, chroma):
 def keep_jpeg(data, picture, longest):
     """The JPEG `data`, opened as `picture`, with restart markers and its coefficients untouched.
 
-    None if it cannot stay as it is. ValueError where libjpeg-turbo finds damage.
+    None if it cannot stay as it is: Pillow then judges it, as without --lossless.
     """
     mcu = 8 * max(layer[1] for layer in picture.layer) if len(picture.layer) > 1 else 8  # pixels
     # Near 64 pixels: shorter intervals cost file size (24: 2 %), longer ones speed (168: 5 %).
-    interval = min(divisors(-(-picture.width // mcu)), key=lambda k: max(k * mcu, 4096 / (k * mcu)))
+    mcus = -(-picture.width // mcu)
+    divisors = [k for k in range(1, mcus + 1) if mcus % k == 0]
+    interval = min(divisors, key=lambda k: max(k * mcu, 4096 / (k * mcu)))
     lib = bind()
     lib.tj3Init.restype = ctypes.c_void_p
-    lib.tj3GetErrorStr.restype = ctypes.c_char_p
     handle = ctypes.c_void_p(lib.tj3Init(2))  # a new one each time: a fault leaves it unusable
     # It begins with libjpeg's public jpeg_compress_struct. Of its 4-byte words, 9 is global_state
     # (103: CSTATE_WRCOEFS), 18 data_precision, 20 jpeg_color_space and 70 restart_interval, which
@@ -269,12 +270,9 @@ def keep_jpeg(data, picture, longest):
     failed = lib.tj3Transform(handle, data, ctypes.c_size_t(len(data)), 1, ctypes.byref(buffer),
                               ctypes.byref(size), ctypes.c_void_p(transform.ctypes.data))
     jpeg = ctypes.string_at(buffer, size.value)
-    keep = max(picture.size) <= longest and fields[20] in (1, 3)  # JCS_GRAYSCALE, JCS_YCbCr
-    error = lib.tj3GetErrorStr(handle).decode()
+    keep = not failed and max(picture.size) <= longest and fields[20] in (1, 3)  # grey or YCbCr
     lib.tj3Free(buffer)
     lib.tj3Destroy(handle)
-    if failed:
-        raise ValueError(error)
     with contextlib.suppress(Exception):  # a turned one is turned upright and re-encoded
         keep = keep and picture.getexif().get(0x0112, 1) not in range(2, 9)
     if keep and "progressive" in picture.info:  # decoders smooth over scans that are missing
@@ -313,13 +311,15 @@ def encode_sample(settings, job):
         jpeg = compress(picture, settings["quality"], settings["chroma"])
         return seal(jpeg), *picture.size, False
     except Exception as error:  # Pillow raises anything on a damaged file; it is listed
+        if getattr(error, "errno", None):  # but not the disk's fault, which ends the build
+            raise OSError(f"{job.path}/{job.name}: {error}") from None
         return str(error) or type(error).__name__
 
 
 # --- worker processes
 def in_order(work, jobs, num_workers):
     """Yields work(job) for every job, in order, from worker processes. RuntimeError if one dies."""
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    workers = min(num_workers or usable_cores(), len(jobs))
     loader = DataLoader(jobs, 16, num_workers=workers, multiprocessing_context="fork",
                         collate_fn=lambda batch: [work(job) for job in batch])
     for results in tqdm(loader, unit=" images", unit_scale=16, disable=None):  # on a terminal
@@ -382,9 +382,9 @@ def write_beton(out, pictures, classes, settings, args):
         file.write(alloc[:n].tobytes())
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + samples[:n].tobytes())
-        sidecar = {"classes": classes, "settings": settings, "kept": kept, "left_out": bad}
-        with write_aside(out.with_suffix(".json")) as sidecar_file:
-            sidecar_file.write(json.dumps(sidecar, indent=1).encode())
+    sidecar = {"classes": classes, "settings": settings, "kept": kept, "left_out": bad}
+    with write_aside(out.with_suffix(".json")) as file:
+        file.write(json.dumps(sidecar, indent=1).encode())
     seconds = time.monotonic() - t0
     print(f"{out}: {n:,} images, {len(classes)} classes, {out.stat().st_size / 1e6:,.1f} MB, "
           f"{kept:,} kept, {n - kept:,} re-encoded, {len(bad):,} left out, {seconds:.1f} s "
@@ -419,8 +419,7 @@ def verify(path, exclude_bad, num_workers):
             file.write(json.dumps(sidecar | {"excluded": faults}, indent=1).encode())
     elif new:
         sys.exit(f"build_beton: {path}: {len(new):,} of {count:,} are damaged, as listed. Copy it "
-                 "again, or let loaders leave them out: "
-                 f"`python build_beton.py --verify {path} --exclude-bad`.")
+                 "again, or add --exclude-bad, with which loaders leave them out.")
     print(f"{path}: {count:,} samples verified, {len(faults):,} damaged and excluded")
 
 
@@ -449,7 +448,8 @@ def main(args):
         print(f"build_beton: {error}", file=sys.stderr)
         sys.exit(1 if args.verify else 2)
     except OSError as error:
-        sys.exit(f"build_beton: {error}. Check the path, its permissions and the space left there.")
+        text = str(error).strip().splitlines()[-1]  # behind a worker's traceback
+        sys.exit(f"build_beton: {text}. Check the path, its permissions and the space left there.")
     except RuntimeError as error:
         sys.exit(f"build_beton: a worker died: {error} Out of memory? Use fewer --num-workers.")
     except KeyboardInterrupt:
