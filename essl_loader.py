@@ -1594,6 +1594,9 @@ class BetonReader:
         try:
             content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
             self.classes = content.get("classes")
+            build = content.get("settings", self.settings)
+            if build.get("checksum") != self.settings.get("checksum"):
+                raise ValueError("it is another build's")
             excluded = sorted(int(number) for number in content.get("excluded") or {})
             if excluded and not 0 <= excluded[0] <= excluded[-1] < self.num_samples:
                 raise ValueError(f"it excludes samples {excluded[0]} to {excluded[-1]}")
@@ -1966,7 +1969,8 @@ class ESSLLoader(EpochLoader):
     sample. Bytes depend on (seed, epoch, indices) and the stage alone, not on num_workers (0: all
     cores of this process). Evaluation visits each sample once over all ranks; training leaves out
     what does not fill all ranks, and the last partial batch (drop_last=None). order="pages" is for
-    files larger than memory. On a CUDA device about five batches lie in pinned memory.
+    files larger than memory. On a CUDA device five batches lie in pinned memory, each
+    rounded up to a power of two.
     Raises ValueError for an argument and DataError for the file; both say what to do.
     """
 
@@ -2009,6 +2013,11 @@ class ESSLLoader(EpochLoader):
 
 
 # --- loader over a folder of pictures
+def ignore_sigterm(worker):
+    """torchrun and Slurm signal worker processes too; the loader ends them when it is left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @dataclass(eq=False, repr=False)
 class FolderLoader(EpochLoader):
     """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
@@ -2085,7 +2094,8 @@ class FolderLoader(EpochLoader):
         batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
         for images, labels, errors in torch.utils.data.DataLoader(
                 self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
-                pin_memory=self.device.type == "cuda", multiprocessing_context="fork"):
+                pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
+                generator=torch.Generator(), worker_init_fn=ignore_sigterm):
             if any(errors):
                 raise DataError(f"{max(errors)}. Remove it, or build a file without it: python "
                                 f"build_beton.py --skip-bad --data-dir {self.path} --out FILE.")
@@ -2094,28 +2104,31 @@ class FolderLoader(EpochLoader):
 
 
 # --- what a run checks before it begins
-def check_batches(num_samples, total_batch, batch_size, world_size, repeat=1):
+def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1):
     """Raises DataError, with flags that work, where steps are not whole batches of each rank.
 
-    repeat: the times that a picture is used in a step.
+    num_samples: how often pictures are used in an epoch. batch_size: a multiple of `multiple`.
     """
-    most = num_samples * repeat
-    whole = total_batch % (batch_size * world_size) == 0 and batch_size % repeat == 0
-    if whole and total_batch <= most:
-        return
+    if min(total_batch, batch_size) > 0 and batch_size % multiple == 0:
+        if total_batch % (batch_size * world_size) == 0 and total_batch <= num_samples:
+            return
     if int(os.environ.get("RANK", 0)) > 0:
         raise SystemExit(1)  # rank 0 says it
-    batch = min(batch_size, total_batch // world_size, most // world_size)
-    batch = max(1, batch // repeat) * repeat
-    total = max(1, min(total_batch, most) // (batch * world_size)) * batch * world_size
+    batch = min(batch_size, total_batch // world_size, num_samples // world_size)
+    batch = max(1, batch // multiple) * multiple
+    total = max(1, min(total_batch, num_samples) // (batch * world_size)) * batch * world_size
     raise DataError(
         f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
-        f"{world_size} process(es), and at most {most:,}, the number of pictures (x --repeat). "
-        f"This works: --total-batch {total} --batch-size {batch}")
+        f"{world_size} process(es), and at most {num_samples:,}, the number of pictures (x "
+        f"--repeat); --batch-size a multiple of {multiple}. This works: --total-batch {total} "
+        f"--batch-size {batch}")
 
 
 def check_classes(train, val):
-    """Raises DataError where a held-out set's labels do not mean what the training set's do."""
+    """Raises DataError where labels tell nothing, or a held-out set's are not of the same kind."""
+    if train.labels.min() == train.labels.max():
+        raise DataError(f"{train.path} has pictures of one class only: nothing can be learned from "
+                        "its labels. Give class folders, or --labels to build_beton.py.")
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         differ = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
         raise DataError(f"{val.path} has other classes than {train.path}: they differ in "
