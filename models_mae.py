@@ -99,6 +99,20 @@ def normalize(model, imgs):
     return imgs if imgs.is_floating_point() else (imgs.float() / 255 - model.mean) / model.std
 
 
+@torch.no_grad()
+def accuracy(batches, device):
+    """All ranks' top-1, top-5 (from six classes) in percent, n: of scores (B, C), labels (B,)."""
+    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, n
+    for scores, labels in batches:
+        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (B, 5)
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels == labels).sum()])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    top1, top5, n = counts.tolist()
+    result = {"top1": 100 * top1 / n, "n": int(n)}
+    return result | ({"top5": 100 * top5 / n} if scores.shape[1] > 5 else {})
+
+
 # --- the masked autoencoder
 class MaskedAutoencoderViT(nn.Module):
     """MAE: a ViT over the visible patches and a light decoder that predicts the others' pixels.
@@ -144,7 +158,7 @@ class MaskedAutoencoderViT(nn.Module):
         """(B, 3, H, W) -> (B, L, P), each patch's pixels ordered (row, column, channel)."""
         p = self.patch_size
         grid = count_patches(imgs.shape[-1], p)
-        x = imgs.reshape(-1, 3, grid, p, grid, p)
+        x = imgs.reshape(len(imgs), 3, grid, p, grid, p)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, grid * grid, p * p * 3)
 
     def unpatchify(self, x):
@@ -205,12 +219,13 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_loss(self, imgs, pred, mask):
         """Mean square error over the patches with mask 1, in float32; a mask of zeros means all."""
-        target = self.patchify(self.normalize(imgs))  # (B, L, P)
+        imgs = self.normalize(imgs)
+        target = self.patchify(imgs.to(torch.promote_types(imgs.dtype, torch.float32)))  # (B, L, P)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (var + 1e-6) ** 0.5
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (B, L)
-        mask = torch.where(mask.sum() > 0, mask, torch.ones_like(mask))
+        mask = torch.where(mask.any(), mask, torch.ones_like(mask)).to(loss.dtype)
         return (loss * mask).sum() / mask.sum()
 
     def forward(self, imgs, mask_ratio=0.75, noise=None, decoder_keep=1.0, return_latent=False):
@@ -253,21 +268,6 @@ class MaskedAutoencoderViT(nn.Module):
         in_order = torch.arange(L, device=imgs.device).expand(len(imgs), L)
         latent, _, _ = self.forward_encoder(imgs, 0.0, in_order)
         return latent[:, 1:].mean(dim=1)
-
-
-# --- evaluation
-@torch.no_grad()
-def accuracy(batches, device):
-    """All ranks' top-1, top-5 (from six classes) in percent, n: of scores (B, C), labels (B,)."""
-    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, n
-    for scores, labels in batches:
-        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (B, 5)
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels == labels).sum()])
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts)
-    top1, top5, n = counts.tolist()
-    result = {"top1": 100 * top1 / n, "n": int(n)}
-    return result | ({"top5": 100 * top5 / n} if scores.shape[1] > 5 else {})
 
 
 # --- sizes: MAE's B, L, H. S and Ti are not in MAE; nano is for CPUs: the demo and the tests
@@ -369,7 +369,7 @@ def vit_settings(name, ckpt_settings, path):
     raise WeightsError(f"{path} is not {name or 'of a known size'}: {', '.join(mismatches)}.")
 
 
-def resume(resume, last, settings, defaults, device, **parts):
+def resume(resume, last, settings, defaults, **parts):
     """The state that a run goes on from, loaded into its parts, or None. Raises WeightsError.
 
     resume: "auto" (from `last` if there), "none" or a path. A setting that the checkpoint does not
@@ -379,8 +379,8 @@ def resume(resume, last, settings, defaults, device, **parts):
     if resume == "none" or (resume == "auto" and not last.exists()):
         return None
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        saved = defaults | state["settings"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = dict.fromkeys(settings) | defaults | state["settings"]
     except Exception as e:  # a damaged file can raise anything
         raise WeightsError(f"{path} cannot be read: {e}. --resume none starts anew.") from e
     mismatches = [f"{k}: {saved[k]} there, {v} here" for k, v in settings.items() if saved[k] != v]
@@ -402,11 +402,11 @@ def load_into(model, weights, path, fresh=()):
     if "norm.weight" in own and "norm.weight" not in weights:
         weights = {k.replace("fc_norm.", "norm."): v for k, v in weights.items()}
     grid = math.isqrt(own["pos_embed"].shape[1] - 1)
-    pos_embed = resample_abs_pos_embed(weights["pos_embed"], [grid, grid])
     unused = ("mask_token", "decoder", "norm.", "fc_norm.", "head.")
     weights = {k: v for k, v in weights.items() if k in own or not k.startswith(unused)}
-    weights |= {"pos_embed": pos_embed, **{k: v for k, v in own.items() if k.startswith(fresh)}}
+    weights |= {k: v for k, v in own.items() if k.startswith(fresh)}
     try:
+        weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], [grid, grid])
         model.load_state_dict(weights)
     except RuntimeError as e:  # torch's words on several lines
         raise WeightsError(f"{path} does not fit the model. {' '.join(str(e).split())}") from e
@@ -418,10 +418,9 @@ def init_from(model, name, path):
     vit_settings(name, ckpt_settings, path)
     own = model.state_dict()
     weights |= {k: own[k] for k in own if "pos_embed" in k}  # fixed, of this size
-    decoder = [k for k in own if k.startswith(("mask_token", "decoder"))]
-    fits = all(k in weights and weights[k].shape == own[k].shape for k in decoder)
-    heads = model.settings["decoder_num_heads"]
-    fits = fits and ckpt_settings.get("decoder_num_heads", heads) == heads
+    decoder = [k for k in (*own, *weights) if k.startswith(("mask_token", "decoder"))]
+    fits = all(k in own and k in weights and weights[k].shape == own[k].shape for k in decoder)
+    fits &= ckpt_settings.get("decoder_num_heads", 0) in (0, model.settings["decoder_num_heads"])
     load_into(model, weights, path, fresh=() if fits else ("mask_token", "decoder"))
     return fits
 
@@ -463,7 +462,8 @@ def main():
         weights["head.weight"] = torch.zeros(args.num_classes, weights["cls_token"].shape[2])
         weights["head.bias"] = torch.zeros(args.num_classes)
     torch.save(weights, out)
-    print(f"{out}: {len(weights)} tensors")
+    pool = "avg" if "fc_norm.weight" in weights else "token"
+    print(f"{out}: {len(weights)} tensors, for timm.create_model(..., global_pool={pool!r})")
 
 
 if __name__ == "__main__":
