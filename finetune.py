@@ -39,8 +39,8 @@ MIN_LR = 1e-6
 # At magnitude 10 timm's RandAug posterizes to 0 bits, which Pillow refuses
 RAND_AUG = ("rand-m9-mstd0.5-inc1", {"magnitude_max": 9.99})
 # Flags that a resumed run may change; all others must be those of the run before
-FREE = ("eval", "data", "val_data", "output_dir", "batch_size", "compile", "resume", "num_workers",
-        "save_minutes", "benchmark")
+FREE = ("finetune", "eval", "data", "val_data", "output_dir", "model", "input_size", "batch_size",
+        "compile", "resume", "num_workers", "save_minutes", "benchmark")
 
 
 def get_args(argv):
@@ -78,11 +78,10 @@ def get_args(argv):
     add("--benchmark", type=int, default=0, metavar="N", help="only time augmentation, N batches")
     args = p.parse_args([re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
                          for word in argv])
-    measuring = args.eval or args.benchmark
-    if not measuring and (args.finetune is None or len(args.val_data) > 1):
+    if not (args.eval or args.benchmark or args.finetune and len(args.val_data) == 1):
         p.error("training needs --finetune CHECKPOINT, or none for random weights, one --val-data.")
-    if args.mixup + args.cutmix > 0 and args.batch_size % 2:
-        p.error(f"mixup and CutMix pair the pictures: --batch-size {args.batch_size} must be even.")
+    if args.eval and args.finetune:
+        p.error("--eval takes its checkpoint from --resume.")
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
         print0(f"--warmup-epochs is shortened to {args.warmup_epochs:g}, a quarter of --epochs.")
@@ -108,7 +107,7 @@ def setup(seed, training):
     torch.manual_seed(seed)
     stop = torch.zeros(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
-        signal.signal(number, lambda *_: stop.fill_(1))  # USR1: Slurm's, ahead of time
+        signal.signal(number, lambda *_, flag=stop.numpy(): flag.fill(1))  # also amid torch.compile
     return rank, world, device, stop
 
 
@@ -209,7 +208,6 @@ def benchmark(args, device):
         print0(f"{name}: {args.benchmark * len(images) / seconds:,.0f} images/s")
 
 
-# --- evaluation
 def evaluate(model, loader, autocast):
     """Top-1, top-5 and n of a loader's pictures, each counted once."""
     model.eval()
@@ -258,8 +256,9 @@ def main(args):
     transform = rand_augment_transform(*RAND_AUG) if args.aug == "rand" else None
     if transform and not Path(args.data).is_dir():
         raise DataError(f"--aug rand works on Pillow's pictures: {args.data} must be a folder.")
+    mixing = args.mixup + args.cutmix > 0  # pairs of a batch
     with open_loader(args.data, 1) as loader:
-        check_batches(loader.num_samples, args.total_batch, args.batch_size, world)
+        check_batches(loader.num_samples, args.total_batch, args.batch_size, world, 1 + mixing)
     extra = {"transform": transform} if transform else {"order": args.order}
     loader = open_loader(args.data, args.batch_size, res=size, **shared, **extra)
     val = open_loader(args.val_data[0], args.batch_size, train=False, res=size, **shared)
@@ -275,9 +274,8 @@ def main(args):
         models_mae.load_into(model, weights, args.finetune, fresh=("fc_norm.", "head."))
     ddp_model = model.to(device)
     if world > 1:
-        ddp_model = nn.parallel.DistributedDataParallel(model)
+        ddp_model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     compute_scores = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
-    mixing = args.mixup + args.cutmix > 0
     mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
     erase = RandomErasing(args.reprob, mode="pixel", device=device)
 
@@ -292,11 +290,12 @@ def main(args):
     # --- resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings)
+    settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
     # The prefix "model." is that of pretraining's checkpoints
     parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler,
                  loader=loader)
     defaults = vars(get_args(["--finetune=none"]))
-    state = models_mae.resume(args.resume, last, settings, defaults, device, **parts)
+    state = models_mae.resume(args.resume, last, settings, defaults, **parts)
     step = state["step"] if state else 0
     best = state["best"] if state else -1.0
     if step == steps:
@@ -317,7 +316,7 @@ def main(args):
     for epoch in range(step // steps_per_epoch, args.epochs):
         index, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
                                                 FINETUNE_STAGES, size, vit["patch_size"])
-        print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels, {aug}")
+        print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels")
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
         loader.set_stage(res=res, scale=(low ** 2, high ** 2))
@@ -327,6 +326,9 @@ def main(args):
         first_step = step
         model.train()
         while step < (epoch + 1) * steps_per_epoch and not stopping:
+            if time.time() - saved_at > 60 * args.save_minutes:  # the last epoch is evaluated
+                checkpoint(last)
+                saved_at = time.time()
             # 3 Aug, erasing, mixup and drop path draw by (seed, step, rank) alone
             draws = np.random.SeedSequence([args.seed, step, rank])
             random_seed(int(draws.generate_state(1)[0]))  # Python's, numpy's and torch's
@@ -341,8 +343,7 @@ def main(args):
                 images = erase(model.normalize(images))
                 if mixing:
                     images, targets = mixup(images, targets)  # targets become (B, classes)
-                # DDP averages the ranks' gradients in the last micro-batch of a step
-                ddp_model.require_backward_grad_sync = micro == accum - 1
+                ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
                 with autocast:
                     scores = compute_scores(images)
                 loss = F.cross_entropy(scores.float(), targets,
@@ -356,10 +357,8 @@ def main(args):
             stopping = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
             if world > 1:
                 dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
-            if time.time() - saved_at > 60 * args.save_minutes:
-                checkpoint(last)
-                saved_at = time.time()
 
+        batches.close()
         if step == (epoch + 1) * steps_per_epoch:
             if world > 1:
                 dist.all_reduce(loss_sum)
@@ -386,10 +385,11 @@ def main(args):
     print0(f"done: {args.epochs} epochs, top-1 {result['top1']:.2f} % of {result['n']:,} pictures, "
            f"best {best:.2f} %, {timedelta(seconds=int(time.time() - start))}, {last}"
            if step == steps else f"stopped at step {step}; the same command goes on from {last}")
-    if world > 1:
-        dist.destroy_process_group()
     if board:
         board.close()
+    if world > 1:
+        dist.barrier()  # torchrun would kill rank 0 while it writes if another ended with 1
+        dist.destroy_process_group()
     sys.exit(step < steps)
 
 

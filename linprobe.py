@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from essl_loader import DataError, check_batches, check_classes, open_loader
 from schedules import lr_at
 
 # Flags that a resumed run may change; all others must be those of the run before
-FREE = ("knn", "data", "val_data", "output_dir", "batch_size", "resume", "num_workers")
+FREE = ("checkpoint", "data", "val_data", "output_dir", "batch_size", "resume", "num_workers")
 
 
 def get_args(argv):
@@ -85,7 +84,7 @@ def setup(seed, training):
     torch.manual_seed(seed)
     stop = torch.zeros(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
-        signal.signal(number, lambda *_: stop.fill_(1))  # USR1: Slurm's, ahead of time
+        signal.signal(number, lambda *_, flag=stop.numpy(): flag.fill(1))  # also amid torch.compile
     return rank, world, device, stop
 
 
@@ -116,17 +115,19 @@ def log(board, step, **values):  # board is None on all ranks but 0
 
 
 # --- features
-def encoded(model, loader, autocast):
-    """The loader's batches with features (B, D) in the place of pictures."""
+def encoded(model, loader, autocast, stop=None):
+    """The loader's batches with features (B, D) in the place of pictures; `stop` ends the run."""
     for images, labels in loader:
+        if stop:
+            raise SystemExit("linprobe: stopped before training; give the command again.")
         with torch.no_grad(), autocast:
             features = model(images)
         yield features.float(), labels  # outside: a generator's no_grad would reach its caller
 
 
-def store_features(model, loader, autocast):
+def store_features(model, loader, autocast, stop):
     """All features (n, D) as one float16 tensor and labels (n,) on the CPU, on every rank."""
-    bar = tqdm(encoded(model, loader, autocast), "features", len(loader), disable=None)
+    bar = tqdm(encoded(model, loader, autocast, stop), "features", len(loader), disable=None)
     features, labels = zip(*((x.half().cpu(), y.cpu()) for x, y in bar))
     share = slice(loader.rank, None, loader.world_size)  # a rank has every world_size-th picture
     all_features = torch.zeros(loader.num_samples, model.embed_dim, dtype=torch.float16)
@@ -147,8 +148,8 @@ def stored_batches(features, labels, order, batch_size, device):
 
 def knn_score(features, bank, bank_labels, classes, k=20, temperature=0.07):
     """(B, D) -> votes (B, classes): exp(cosine / temperature) of the k nearest in bank (n, D)."""
-    near = F.normalize(features, dim=1).to(bank.dtype) @ bank.T  # (B, n)
-    near, index = near.float().topk(min(k, len(bank)))
+    near = F.normalize(features, dim=1) @ bank.T  # (B, n)
+    near, index = near.topk(min(k, len(bank)))
     votes = torch.zeros(len(features), classes, device=bank.device)
     return votes.scatter_add_(1, bank_labels[index], ((near - 1) / temperature).exp())
 
@@ -179,41 +180,15 @@ def main(args):
     # --- data. The published crop tries one box and clips it; ours tries ten, of the same areas
     shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank,
                   world_size=world, device=device)
-    stored = args.cached or args.knn
     with open_loader(args.data, 1) as loader:
         if not args.knn:
             check_batches(loader.num_samples, args.total_batch, args.batch_size, world)
+    stored = args.cached or args.knn
     loader = open_loader(args.data, args.batch_size, train=not stored, scale=(0.08, 1.0),
                          order=args.order, **shared)
     val = open_loader(args.val_data, args.batch_size, train=False, **shared)
     check_classes(loader, val)
     classes = len(loader.classes or ()) or int(loader.labels.max()) + 1
-    if stored:
-        bank, bank_labels = store_features(model, loader, autocast)
-    val_features, val_labels = store_features(model, val, autocast)  # they never change
-
-    def measure(score, batch_size):  # score: features (B, D) -> (B, classes)
-        share = torch.arange(rank, len(val_features), world)
-        batches = stored_batches(val_features, val_labels, share, batch_size, device)
-        return models_mae.accuracy(((score(x), y) for x, y in batches), device)
-
-    def finish(kind, result):
-        row = json.dumps(dict(kind=kind, pool=args.pool, checkpoint=args.checkpoint, **result))
-        if rank == 0:
-            with open(folder / "results.jsonl", "a") as f:
-                f.write(row + "\n")
-        print0(f"done: {kind} on {args.pool} features, top-1 {result['top1']:.2f} % of "
-               f"{result['n']:,} pictures, {timedelta(seconds=int(time.time() - start))}")
-        if world > 1:
-            dist.destroy_process_group()
-
-    # --- kNN
-    if args.knn:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        bank = F.normalize(bank.to(device).float(), dim=1).to(dtype)
-        score = partial(knn_score, bank=bank, bank_labels=bank_labels.to(device), classes=classes)
-        batch_size = max(1, min(512, 2 ** 26 // len(bank)))  # the similarities take memory
-        return finish("kNN", measure(score, batch_size))
 
     # --- head and optimizer
     accum = args.total_batch // (args.batch_size * world)
@@ -229,19 +204,41 @@ def main(args):
         ddp_head = nn.parallel.DistributedDataParallel(head)
     optimizer = make_optimizer(head[1].weight, head[1].bias, args.weight_decay)
 
-    # --- resume
+    # --- resume; then features, so that a wrong flag ends the run before they are computed
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= dict(num_samples=len(loader.indices), classes=classes, size=size, **vit)
+    settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
     parts = dict(head=head, optimizer=optimizer)
-    defaults = vars(get_args(["--checkpoint="]))
-    state = models_mae.resume(args.resume, last, settings, defaults, device, **parts)
+    state = models_mae.resume("none" if args.knn else args.resume, last, settings,
+                              vars(get_args(["--checkpoint="])), **parts)
     step = state["step"] if state else 0
-    result = state["result"] if state else None
-    board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
-    print0(f"{args.checkpoint}, {args.pool} features, from step {step} of {steps}: "
-           f"{loader.num_samples:,} pictures, {val.num_samples:,} held out, {device.type}")
+    if stored:
+        bank, bank_labels = store_features(model, loader, autocast, stop)
+    val_features, val_labels = store_features(model, val, autocast, stop)  # they never change
+
+    def measure(score, batch_size):  # score: features (B, D) -> (B, classes)
+        share = torch.arange(rank, len(val_features), world)
+        batches = stored_batches(val_features, val_labels, share, batch_size, device)
+        return models_mae.accuracy(((score(x), y) for x, y in batches), device)
+
+    def finish(kind, result):
+        row = json.dumps(dict(kind=kind, pool=args.pool, checkpoint=args.checkpoint, **result))
+        if rank == 0:
+            with open(folder / "results.jsonl", "a") as f:
+                f.write(row + "\n")
+        print0(f"done: {kind} on {args.pool} features, top-1 {result['top1']:.2f} % of "
+               f"{result['n']:,} pictures, {timedelta(seconds=int(time.time() - start))}")
+
+    if args.knn:
+        bank = F.normalize(bank.to(device).float(), dim=1)  # float16 could not tell neighbours
+        bank_labels = bank_labels.to(device)
+        batch_size = max(1, min(512, 2 ** 26 // len(bank)))  # the similarities take memory
+        result = measure(lambda x: knn_score(x, bank, bank_labels, classes), batch_size)
+        return finish("kNN", result)
 
     # --- train
+    board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
+    print0(f"{args.checkpoint}, {args.pool} features, from step {step} of {steps}, {device.type}")
     stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
         done = step % steps_per_epoch * args.total_batch  # pictures of this epoch, all ranks
@@ -262,8 +259,7 @@ def main(args):
                 group["lr"] = lr
             for micro in range(accum):
                 features, labels = next(batches)
-                # DDP averages the ranks' gradients in the last micro-batch of a step
-                ddp_head.require_backward_grad_sync = micro == accum - 1
+                ddp_head.require_backward_grad_sync = micro == accum - 1  # DDP averages then
                 loss = F.cross_entropy(ddp_head(features), labels)
                 (loss / accum).backward()
                 loss_sum += loss.detach()
@@ -278,6 +274,8 @@ def main(args):
         if step == (epoch + 1) * steps_per_epoch:
             if world > 1:
                 dist.all_reduce(loss_sum)
+                for buffer in head.buffers():  # each rank's BatchNorm saw other pictures
+                    dist.broadcast(buffer, 0)
             result = measure(head.eval(), args.batch_size)
             head.train()
             mean_loss = loss_sum.item() / ((step - first_step) * accum * world)
@@ -287,7 +285,7 @@ def main(args):
         if not loss_sum.isfinite():
             raise DataError("The loss is not finite. Lower --blr, start over: --resume none.")
         if rank == 0:
-            save_checkpoint(last, step=step, settings=settings, model=model.settings, result=result,
+            save_checkpoint(last, step=step, settings=settings, model=model.settings,
                             **{k: part.state_dict() for k, part in parts.items()})
         if stopping:
             break
@@ -296,11 +294,13 @@ def main(args):
     if board:
         board.close()
     if step == steps:
-        return finish("linear probe", result)
-    print0(f"stopped at step {step}; the same command goes on from {last}")
+        finish("linear probe", measure(head.eval(), args.batch_size))
+    else:
+        print0(f"stopped at step {step}; the same command goes on from {last}")
     if world > 1:
+        dist.barrier()  # torchrun would kill rank 0 while it writes if another ended with 1
         dist.destroy_process_group()
-    sys.exit(1)
+    sys.exit(step < steps)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,7 @@ def get_args(argv):
         stage_at(PRETRAIN_SCHEMES[args.scheme], 0, args.epochs, args.stages)
     except ValueError as e:
         p.error(f"--stages: {e}")
-    counts = (args.epochs, args.batch_size, args.total_batch, args.repeat, args.viz_every)
-    if min(counts) < 1 or not 0 < args.decoder_keep <= 1:
+    if min(args.epochs, args.repeat, args.viz_every) < 1 or not 0 < args.decoder_keep <= 1:
         p.error("counts start at 1; --decoder-keep goes from above 0 to 1.")
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
@@ -115,7 +114,7 @@ def setup(seed, training):
     torch.manual_seed(seed)
     stop = torch.zeros(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
-        signal.signal(number, lambda *_: stop.fill_(1))  # USR1: Slurm's, ahead of time
+        signal.signal(number, lambda *_, flag=stop.numpy(): flag.fill(1))  # also amid torch.compile
     return rank, world, device, stop
 
 
@@ -258,8 +257,8 @@ def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, f
             optimizer.zero_grad()
             window.steps += 1
         scaler.get_scale()
-        row |= window.rates(args.batch_size, loader.world_size, flops[res, mask_ratio])
-        print0(json.dumps(row))
+        rates = window.rates(args.batch_size, loader.world_size, flops[res, mask_ratio])
+        print0(json.dumps(row | rates))
 
 
 def main(args):
@@ -280,7 +279,8 @@ def main(args):
     if args.benchmark:  # few pictures will do: they are read again and again
         indices = indices.repeat(-(-args.batch_size * world // len(indices)))
     else:
-        check_batches(len(indices), args.total_batch, args.batch_size, world, args.repeat)
+        check_batches(len(indices) * args.repeat, args.total_batch, args.batch_size, world,
+                      args.repeat)
     shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world,
                   device=device, res=args.input_size)
     loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],
@@ -330,8 +330,7 @@ def main(args):
             group["use_fallback"] = True  # AdamW
         optimizer = Muon([muon, *groups], lr=1e-3, betas=PRETRAIN["betas"])
     peak_lr = args.blr * args.total_batch / 256
-    # At scale 1 it scales nothing: it skips steps whose gradients are not finite, on all ranks,
-    # without waiting for the GPU, and halves the scale, by which they are counted
+    # At scale 1 it only skips steps whose gradients are not finite, on all ranks, without a wait
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
     if args.benchmark:
         return benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader,
@@ -342,7 +341,7 @@ def main(args):
     settings |= dict(num_samples=len(loader.indices), **model.settings)
     about = dict(settings=settings, model=model.settings, classes=loader.classes)
     parts = dict(modules=module, optimizer=optimizer, scaler=scaler, loader=loader)
-    state = models_mae.resume(args.resume, last, settings, vars(get_args([])), device, **parts)
+    state = models_mae.resume(args.resume, last, settings, vars(get_args([])), **parts)
     step = state["step"] if state else 0
     first_loss = state["first_loss"] if state else None
     if args.init and not state:
@@ -382,8 +381,7 @@ def main(args):
                 t_data = time.time()
                 images, labels = next(batches)
                 window.data_time += time.time() - t_data
-                # DDP averages the ranks' gradients in the last micro-batch of a step
-                ddp_model.require_backward_grad_sync = micro == accum - 1
+                ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
                 with autocast:
                     loss, mae_loss = compute_loss(images, labels, mask_ratio, noise[micro])
                 scaler.scale(loss / accum).backward()
@@ -426,6 +424,7 @@ def main(args):
                                     **about, **{k: part.state_dict() for k, part in parts.items()})
             if rank == 0 and epoch_ends and ((epoch + 1) % args.viz_every == 0 or step == steps):
                 save_reconstructions(model, val or loader, mask_ratio, board, epoch + 1, step)
+        batches.close()
         if stopping:
             break
 
@@ -439,6 +438,7 @@ def main(args):
     if board:
         board.close()
     if world > 1:
+        dist.barrier()  # torchrun would kill rank 0 while it writes if another ended with 1
         dist.destroy_process_group()
     sys.exit(step < steps and step != args.max_steps)  # 1: cut short by a signal
 
