@@ -69,27 +69,23 @@ class DataError(ValueError):
 
 
 # --- C library: libjpeg-turbo, called from the kernels without the GIL
-def load_turbojpeg():
-    """libjpeg-turbo as a ctypes.CDLL: the turbojpeg wheel's (version 3), else the system's (2.1).
+@functools.cache
+def bind():
+    """libjpeg-turbo as a ctypes.CDLL, after its functions were made known to the kernels.
 
-    Raises ImportError that names both ways to get it.
+    The turbojpeg wheel's (version 3), else the system's (2.1). Every public entry calls this:
+    importing the file does nothing. Raises ImportError that names both ways to get it.
     """
     wheel = [str(path) for folder in sys.path
              for path in Path(folder).glob("turbojpeg.libs/libturbojpeg*")]
     for path in wheel + ["libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"]:
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(path)
-    raise ImportError("libturbojpeg was not found: `pip install turbojpeg` brings version 3 "
-                      "(preferred), `apt-get install libturbojpeg0` version 2.1; either will do.")
-
-
-@functools.cache
-def bind():
-    """Makes libjpeg-turbo's functions known to the kernels; returns the library.
-
-    Every public entry does it; importing the file does nothing.
-    """
-    lib = load_turbojpeg()
+            lib = ctypes.CDLL(path)
+            break
+    else:
+        raise ImportError(
+            "libturbojpeg was not found: `pip install turbojpeg` brings version 3 (preferred), "
+            "`apt-get install libturbojpeg0` version 2.1; either will do.")
     for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
         # Under a name of our own: ffcv brings the system's copy into the process.
         address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
@@ -115,41 +111,33 @@ def kernel_cache(kernel, notice=""):
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a cache that cannot be written is not used either
             cache.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(cache / f"{source.stem}.lock", "a+"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.seek(0)
-            if lock.read() != version:
+            lock = cache / f"{source.stem}.lock"
+            fcntl.flock(stack.enter_context(open(lock, "a")), fcntl.LOCK_EX)
+            if lock.read_text() != version:
                 for old in cache.glob(f"{source.stem}.*.nb[ic]"):
                     old.unlink(missing_ok=True)
-                lock.truncate(0)
-                lock.write(version)
-                lock.flush()
+                lock.write_text(version)
         if notice and not any(cache.glob(f"{source.stem}.{kernel.__name__}-*.nbc")):
             print(notice, file=sys.stderr, flush=True)
         yield
 
 
-def _c(name, restype, *argtypes):
-    return types.ExternalFunction(name, restype(*argtypes))
-
-
+_c = types.ExternalFunction
 _i32 = types.int32
 _word = types.intp
-pread = _c("pread", _word, _i32, _word, _word, _word)  # fd, to, size, offset
-memchr = _c("memchr", _word, _word, _i32, _word)  # start, byte, size
-memset = _c("memset", _word, _word, _i32, _word)  # to, byte, size
-memcpy = _c("memcpy", _word, _word, _word, _word)  # to, from, size
-tj_init = _c("essl_tjInitDecompress", _word)
-tj_destroy = _c("essl_tjDestroy", _i32, _word)
+pread = _c("pread", _word(_i32, _word, _word, _word))  # fd, to, size, offset
+memchr = _c("memchr", _word(_word, _i32, _word))  # start, byte, size
+memset = _c("memset", _word(_word, _i32, _word))  # to, byte, size
+memcpy = _c("memcpy", _word(_word, _word, _word))  # to, from, size
+tj_init = _c("essl_tjInitDecompress", _word())
+tj_destroy = _c("essl_tjDestroy", _i32(_word))
 tj_header = _c(  # handle, jpeg, size, addresses: width, height, subsampling, colour space
-    "essl_tjDecompressHeader3", _i32, _word, _word, _word, _word, _word, _word, _word)
+    "essl_tjDecompressHeader3", _i32(_word, _word, _word, _word, _word, _word, _word))
 tj_rgb = _c(  # handle, jpeg, size, to, width, pitch, height, format, flags
-    "essl_tjDecompress2", _i32, _word, _word, _word, _word, _i32, _i32, _i32, _i32, _i32)
+    "essl_tjDecompress2", _i32(_word, _word, _word, _word, _i32, _i32, _i32, _i32, _i32))
 STOP_ON_WARNING = 8192  # libjpeg-turbo then fails where it would paint damaged blocks grey
 COMPILING = ("essl_loader: compiling the loader's kernels, once, about 20 s; later processes load "
              "them from numba's cache.")
-
-
 U = np.uint64
 
 
@@ -212,16 +200,15 @@ def load_and_store(kind, memory_type, extend="sext"):
 
     Shorter integers than int64 are extended and cut.
     """
-    same = kind != types.int64 or memory_type == I64
+    wide = I64 if kind == types.int64 else memory_type
 
     @emits(kind, types.intp)
     def load(builder, address):
-        value = load_from(builder, address, memory_type)
-        return value if same else getattr(builder, extend)(value, I64)
+        return getattr(builder, extend)(load_from(builder, address, memory_type), wide)
 
     @emits(types.none, types.intp, kind)
     def store(builder, address, value):
-        store_to(builder, address, value if same else builder.trunc(value, memory_type))
+        store_to(builder, address, builder.trunc(value, memory_type))
     return load, store
 
 
@@ -289,32 +276,18 @@ def add_operator(operation, vector, scalar, instruction, **options):
 
 
 for operation, instruction in (
-        (operator.add, ir.IRBuilder.add), (operator.iadd, ir.IRBuilder.add),
-        (operator.sub, ir.IRBuilder.sub), (operator.and_, ir.IRBuilder.and_),
-        (operator.lshift, ir.IRBuilder.shl)):
+        (operator.add, ir.IRBuilder.add), (operator.sub, ir.IRBuilder.sub),
+        (operator.and_, ir.IRBuilder.and_), (operator.lshift, ir.IRBuilder.shl)):
     add_operator(operation, WORDS, types.int64, instruction)
 for operation, instruction in (
-        (operator.add, ir.IRBuilder.fadd), (operator.iadd, ir.IRBuilder.fadd),
-        (operator.sub, ir.IRBuilder.fsub), (operator.mul, ir.IRBuilder.fmul),
-        (operator.truediv, ir.IRBuilder.fdiv)):
+        (operator.add, ir.IRBuilder.fadd), (operator.sub, ir.IRBuilder.fsub),
+        (operator.mul, ir.IRBuilder.fmul), (operator.truediv, ir.IRBuilder.fdiv)):
     add_operator(operation, FLOATS, types.float32, instruction, flags=("contract",))  # maybe FMAs
 
 
 @emits(WORDS, types.int64)
 def splat_word(builder, number):
     return splat(builder, number, WORDS.ir_type)
-
-
-@emits(FLOATS, types.float32)
-def splat_float(builder, number):
-    return splat(builder, number, FLOATS.ir_type)
-
-
-@emits(WORDS, types.intp)
-def splat_pair(builder, address):
-    """The int16 that stands twice in an int32 at an address, in every lane."""
-    pair = load_from(builder, address, I32)
-    return builder.bitcast(splat(builder, pair, ir.VectorType(I32, 8)), WORDS.ir_type)
 
 
 @emits(FLOATS)
@@ -352,14 +325,6 @@ def store_integers(builder, address, a):
     store_to(builder, address, rounded(builder, a))
 
 
-@emits(types.none, types.intp, FLOATS)
-def store_pairs(builder, address, a):
-    """Stores eight numbers, rounded to int16, each twice."""
-    wide = ir.VectorType(I32, 8)
-    low = builder.and_(rounded(builder, a), ir.Constant(wide, [0xFFFF] * 8))
-    store_to(builder, address, builder.mul(low, ir.Constant(wide, [0x10001] * 8)))
-
-
 @emits(FLOATS, types.intp)
 def load_coefficients(builder, address):
     """Eight int16 as float32."""
@@ -378,25 +343,18 @@ add_operator(multiply_high, WORDS, types.int64, multiply_high)
 
 def clamp_to_byte(builder, value):
     """Integers within -128 and 127: before a truncation LLVM makes it a saturating pack."""
-    suffix = f"v{value.type.count}i{value.type.element.width}"
-    for name, bound in (("smax", -128), ("smin", 127)):
+    for order, bound in ((">", -128), ("<", 127)):
         bounds = ir.Constant(value.type, [bound] * value.type.count)
-        value = call_llvm(builder, f"llvm.{name}.{suffix}", value, bounds)
+        value = builder.select(builder.icmp_signed(order, value, bounds), value, bounds)
     return value
-
-
-# pack_bytes leaves 32 samples in this order, which is what one instruction on x86 makes of them.
-PACKED = [16 * (i // 16) + 2 * (i % 8) + i // 8 % 2 for i in range(32)]
 
 
 @emits(WORDS, WORDS, WORDS)
 def pack_bytes(builder, even, odd):
-    """Even and odd samples in 1/64 level as 32 int8, in the order of PACKED."""
+    """Samples in 1/64 level as int8: the 16 even ones, then the 16 odd ones."""
     six = ir.Constant(WORDS.ir_type, [6] * 16)
     both = shuffle(builder, builder.ashr(even, six), builder.ashr(odd, six), range(32))
-    numbers = builder.trunc(clamp_to_byte(builder, both), BYTES)
-    lanes = [place // 2 + 16 * (place % 2) for place in PACKED]
-    return builder.bitcast(shuffle(builder, numbers, numbers, lanes), WORDS.ir_type)
+    return builder.bitcast(builder.trunc(clamp_to_byte(builder, both), BYTES), WORDS.ir_type)
 
 
 @emits(types.none, types.intp, FLOATS, FLOATS, FLOATS, FLOATS)
@@ -412,35 +370,15 @@ def store_rounded(builder, address, a, b, c, d):
 def store_interleaved(builder, address, *planes):
     """Stores three vectors of 32 int8 as 32 pixels of three bytes, 128 higher."""
     high = ir.Constant(BYTES, [128] * 32)
-    planes = [builder.xor(builder.bitcast(plane, BYTES), high) for plane in planes]
-    for half in range(2):
-        parts = [shuffle(builder, v, v, range(16 * half, 16 * half + 16)) for v in planes]
-        for i in range(3):  # 16 bytes each: two of the three at a time, for byte shuffles
-            places = range(16 * i, 16 * i + 16)
-            rg = shuffle(builder, *parts[:2], [k // 3 + 16 * (k % 3 == 1) for k in places])
-            lanes = [k // 3 + 16 if k % 3 == 2 else k - 16 * i for k in places]
-            at = builder.add(address, ir.Constant(I64, 48 * half + 16 * i))
-            store_to(builder, at, shuffle(builder, rg, parts[2], lanes))
-
-
-@emits(types.int64, types.intp)
-def marker_bits(builder, address):
-    """A bit for each of 32 bytes that is 0xFF and not followed by 0; reads one more."""
-    here = load_from(builder, address, BYTES)
-    behind = load_from(builder, builder.add(address, ir.Constant(I64, 1)), BYTES)
-    is_ff = builder.icmp_unsigned("==", here, ir.Constant(BYTES, [255] * 32))
-    not_zero = builder.icmp_unsigned("!=", behind, ir.Constant(BYTES, [0] * 32))
-    return builder.zext(builder.bitcast(builder.and_(is_ff, not_zero), I32), I64)
-
-
-@emits(types.int64, types.int64)
-def trailing_zeros(builder, number):
-    return builder.cttz(number, ir.Constant(ir.IntType(1), 0))
+    r, g, b = (builder.xor(builder.bitcast(plane, BYTES), high) for plane in planes)
+    rg = shuffle(builder, r, g, range(64))
+    bb = shuffle(builder, b, b, range(64))
+    store_to(builder, address, shuffle(builder, rg, bb, [k // 3 + 32 * (k % 3) for k in range(96)]))
 
 
 @emits(types.none, types.intp, types.int64, types.intp, types.int64)
 def transpose_16x32(builder, source, source_stride, target, target_stride):
-    """16 rows of 32 bytes at source, in the order of PACKED, become 32 rows of 16 at target."""
+    """16 rows of 32 bytes at source, as pack_bytes leaves them, become 32 rows of 16 at target."""
     rows = []
     for _ in range(16):
         rows.append(load_from(builder, source, BYTES))
@@ -450,9 +388,9 @@ def transpose_16x32(builder, source, source_stride, target, target_stride):
              for high in range(2)]
     for _ in range(4):
         rows = [shuffle(builder, rows[k // 2], rows[k // 2 + 8], lanes[k % 2]) for k in range(16)]
-    for i in map(PACKED.index, range(32)):
-        half = range(i // 16 * 16, i // 16 * 16 + 16)
-        store_to(builder, target, shuffle(builder, rows[i % 16], rows[i % 16], half))
+    for i in range(32):
+        half = range(i % 2 * 16, i % 2 * 16 + 16)
+        store_to(builder, target, shuffle(builder, rows[i // 2], rows[i // 2], half))
         target = builder.add(target, target_stride)
 
 
@@ -552,11 +490,10 @@ AAN = np.array([1.0, 1.387039845, 1.306562965, 1.175875602, 1.0, 0.785694958, 0.
 
 
 @njit(forceinline=True)
-def signed(v, size):
-    """The value of `size` magnitude bits: ITU-T T.81, F.2.2.1 (EXTEND)."""
-    if size == 0 or v >> (size - 1):
-        return v
-    return v - (1 << size) + 1
+def value_at_top(word, size):
+    """The value of a word's upper `size` bits (ITU-T T.81, F.2.2.1, EXTEND), without a branch."""
+    negative = (np.int64(word) >> 63) + 1  # 1 or 0
+    return np.int64((word >> U(1)) >> U(63 - size)) - ((negative << size) - negative)
 
 
 @njit
@@ -596,7 +533,8 @@ def build_table(source, dc, table):
             elif free >= 0:
                 zeros = END_OF_BLOCK if size == 0 and run != 15 else run + 1
                 for v in range(1 << size):
-                    entry = signed(v, size) << 16 | zeros << 8 | (length + size)
+                    value = value_at_top(U(v) << U(63 - size) << U(1), size)
+                    entry = value << 16 | zeros << 8 | (length + size)
                     first = (code << free) + (v << (free - size))
                     fill_entries(table, first, 1 << (free - size), entry)
             n += 1
@@ -674,7 +612,7 @@ def parse_jpeg(source, size, info, tables, quants):
                 sampling = load_byte(p + 7 + 3 * c)
                 if load_byte(p + 6 + 3 * c) != c + 1 or (c > 0 and sampling != 0x11):
                     return False
-                info[QUANT + c] = load_byte(p + 8 + 3 * c) & 3
+                info[QUANT + c] = min(load_byte(p + 8 + 3 * c), 4)  # 4: never defined
             info[H_SAMP] = load_byte(p + 7) >> 4 if n == 3 else 1
             info[V_SAMP] = load_byte(p + 7) & 15 if n == 3 else 1
             if not (1 <= info[H_SAMP] <= 2 and 1 <= info[V_SAMP] <= 2):
@@ -685,6 +623,8 @@ def parse_jpeg(source, size, info, tables, quants):
             info[SCAN] = end
             n = info[COMPONENTS]
             if n == 0 or length != 6 + 2 * n or load_byte(p) != n:
+                return False
+            if load_16(p + 1 + 2 * n) != 63 or load_byte(p + 3 + 2 * n) != 0:  # all coefficients
                 return False
             for c in range(n):
                 used = load_byte(p + 2 + 2 * c)
@@ -712,16 +652,15 @@ def find_intervals(end, info, starts, needed):
     n = 0
     starts[0] = at
     while n < needed and at < end - 1:
-        far = at + 33 <= end
-        found = marker_bits(at) if far else load_byte(at) == 0xFF and load_byte(at + 1) != 0
-        if found == 0:
-            at += 32 if far else 1
-            continue
-        at += trailing_zeros(found) + 1
+        at = memchr(at, 0xFF, end - 1 - at) + 1
+        if at == 1:
+            return False
         marker = load_byte(at)
         if marker == 0xFF:  # a fill byte
             continue
         at += 1
+        if marker == 0:  # it belongs to the data
+            continue
         n += 1
         starts[n] = at
         if marker != 0xD0 + ((n - 1) & 7):  # after the picture's last one it is the end's
@@ -778,13 +717,6 @@ def next_symbol(word, count, table, coefs, zigzag):
     count += entry & 0xFFFF
     store_int16(coefs + load_int64(zigzag + ((count >> 8 & 255) << 3)), entry >> 16)
     return word << U(entry & 63), count, entry
-
-
-@njit(forceinline=True)
-def value_at_top(word, size):
-    """`signed` of a word's upper bits, without a branch: half of them would be mispredicted."""
-    negative = (np.int64(word) >> 63) + 1  # 1 or 0
-    return np.int64((word >> U(1)) >> U(63 - size)) - ((negative << size) - negative)
 
 
 @njit(forceinline=True)
@@ -954,16 +886,16 @@ def inverse_dct(coefs, quants, work, to, stride):
 
 
 # One thread's memory: addresses. A plane's row in `plane`: its address, stride, first column and
-# row, pixels that a sample is wide and high, whether it is Y, Cb or Cr as inverse_dct leaves it.
+# row, pixels that a sample is wide and high, components of its JPEG (0: none, columns in order).
 Scratch = namedtuple("Scratch", (
     "raw clean starts info plane tables quants zigzag wait streams units places coefs work planes "
     "split rows_axis luma_axis chroma_axis strip luma chroma resized end"))
-ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, YCC, PLANE_SIZE = range(8)
+ADDRESS, STRIDE, LEFT, TOP, STEP_X, STEP_Y, OF_JPEG, PLANE_SIZE = range(8)
 
 
 @njit(nogil=True, cache=True)
-def allocate_scratch(bytes_of, widths, heights, res):
-    """(memory, Scratch in it) for samples of these bytes, widths and heights."""
+def make_scratch(bytes_of, widths, heights, res):
+    """(memory, Scratch in it) for samples of these bytes, widths and heights; needs bind()."""
     side = max(widths.max(), heights.max()) + 144  # with the MCUs and groups that stick out
     area = (widths * heights).max() + 288 * side
     mcus = side // 8  # of a row, at least 16 too many
@@ -980,12 +912,6 @@ def allocate_scratch(bytes_of, widths, heights, res):
     at = np.full(24, (memory.ctypes.data + 63) // 64 * 64)
     at[1:] += ends
     return memory, Scratch(*to_fixed_tuple(at, 24))
-
-
-def make_scratch(bytes_of, widths, heights, res):
-    """allocate_scratch, for Python; binds the library."""
-    bind()
-    return allocate_scratch(bytes_of, widths, heights, res)
 
 
 @njit
@@ -1100,12 +1026,13 @@ def decode_planes(address, size, width, height, x, y, w, h, scratch):
     if not find_intervals(address + size, info, starts, needed):
         return False
     at = scratch.planes
-    for c in range(info[COMPONENTS]):
+    for c in range(3):
         step_x = 1 if c == 0 else info[H_SAMP]
         step_y = 1 if c == 0 else info[V_SAMP]
         stride = ((col1 - col0) * mcu_w // step_x + 63) // 64 * 64
-        plane[c] = (at, stride, col0 * mcu_w, row0 * mcu_h, step_x, step_y, 1)
-        at += stride * (row1 - row0) * mcu_h // step_y
+        plane[c] = (at, stride, col0 * mcu_w, row0 * mcu_h, step_x, step_y, info[COMPONENTS])
+        if info[COMPONENTS] == 3:  # else the gray plane stands for R, G and B
+            at += stride * (row1 - row0) * mcu_h // step_y
     row_bytes = list_places(info, first, last, col0, col1, scratch)
     for row in range(first_row, row1):
         memset(scratch.coefs, 0, row_bytes)
@@ -1139,7 +1066,7 @@ def pixel_weights(pixels, centers, low, high, narrower, bicubic):
 
 # One axis of a resize. Output i is the sum over t of weight (i, t) * the row at address
 # rows[first[i] + t], for t below taps. rows: int64, the last one again `taps` times; first: int32;
-# weights: [i // 8, t, i % 8], each int16 twice in an int32. bias: what rounds the sum.
+# weights: [i // 8, t, i % 8], int32. bias: what rounds the sum.
 Axis = namedtuple("Axis", ("rows", "first", "weights", "taps", "bias"))
 
 
@@ -1151,7 +1078,7 @@ def make_axis(begin, size, count, out, bicubic, step, half_level, memory, work):
     the samples are half-size chroma, and the weights are those of libjpeg-turbo's triangle
     upsampling and then the resize, in one; at the box's ends the last sample stands in for the one
     outside. half_level: 32 if sums become whole levels, else 0. work: memory for eight outputs'
-    weights as floats. Right for size / out up to 2,000. Reference: Pillow; 1 to 3 us.
+    weights as floats. Exact to a level for size / out up to 16. Reference: Pillow; 1 to 3 us.
     """
     scale = size / out
     narrower = min(1.0 / scale, 1.0)
@@ -1171,24 +1098,24 @@ def make_axis(begin, size, count, out, bicubic, step, half_level, memory, work):
             starts = floor((starts - 1) * 0.5)
         starts = clamp(starts, -origin // step, 1e9)
         store_integers(first + 4 * i, starts + origin // step)
-        total = splat_float(0)
+        total = lane_numbers() * 0
         for t in range(taps):
             samples = starts + t
             at = samples if step == 1 else samples + samples
             v = pixel_weights(at, centers, low, high, narrower, bicubic)
             if step == 2:  # a pixel lies a quarter of a sample off its sample, towards the next
-                v += pixel_weights(at + 1, centers, low, high, narrower, bicubic)
+                v = v + pixel_weights(at + 1, centers, low, high, narrower, bicubic)
                 before = clamp(at - 1, -origin, 1e9)  # at an end the sample itself
                 behind = clamp(at + 2, -1e9, 2 * count - 1 - origin)
                 others = pixel_weights(before, centers, low, high, narrower, bicubic)
-                others += pixel_weights(behind, centers, low, high, narrower, bicubic)
+                others = others + pixel_weights(behind, centers, low, high, narrower, bicubic)
                 v = 0.75 * v + 0.25 * others
                 v = v * clamp(count - origin // 2 - samples, 0, 1)
             store_floats(work + 32 * t, v)
-            total += v
+            total = total + v
         norm = 16384 / total
         for t in range(taps):
-            store_pairs(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
+            store_integers(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
     # Each product is rounded down, which loses half of 1/64 level on average
     products = pixels // step + step - 1
     return Axis(memory, first, weights, taps, half_level + products // 2)
@@ -1209,13 +1136,13 @@ def weighted_sum(axis, i, at):
     odd2 = even1
     for t in range(axis.taps):
         source = load_int64(row + 8 * t) + at
-        weight = splat_pair(weights + 32 * t)
+        weight = splat_word(load_int32(weights + 32 * t))
         v = load_words(source)
-        even1 += multiply_high(v << 8, weight)
-        odd1 += multiply_high(v & -256, weight)
+        even1 = even1 + multiply_high(v << 8, weight)
+        odd1 = odd1 + multiply_high(v & -256, weight)
         v = load_words(source + 32)
-        even2 += multiply_high(v << 8, weight)
-        odd2 += multiply_high(v & -256, weight)
+        even2 = even2 + multiply_high(v << 8, weight)
+        odd2 = odd2 + multiply_high(v & -256, weight)
     return even1, odd1, even2, odd2
 
 
@@ -1265,7 +1192,7 @@ def resize_rows(planes, x, y, w, h, res, bicubic, half_level, axis_memory, to, s
                      axis_memory, scratch.strip)
     for i in range(cols + axis.taps):
         position = col0 + min(i, cols - 1) - start
-        if p[YCC]:  # column c of block b at 8 * c + b
+        if p[OF_JPEG]:  # column c of block b at 8 * c + b
             position = (position & ~63) + 8 * (position & 7) + (position >> 3 & 7)
         store_int64(axis.rows + 8 * i, to + position * stride)
     return axis
@@ -1292,36 +1219,38 @@ def store_pixels(at, size, ycc, even0, odd0, even1, odd1, even2, odd2):
 
 
 @njit
-def resize_columns(luma, chroma, components, ycc, res, flip, to, scratch):
-    """Resizes along x what resize_rows left, converts YCbCr and writes interleaved RGB.
+def write_crop(x, y, w, h, res, bicubic, flip, to, scratch):
+    """A box of decoded planes, resized and flipped, to res * res * 3 bytes of interleaved RGB.
 
     Reference: Pillow's resize, and T.871; 35 us at 224.
     """
+    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
+    ycc = plane[0, OF_JPEG] == 3
+    luma = resize_rows(plane[:1], x, y, w, h, res, bicubic, 32, scratch.luma_axis, scratch.luma,
+                       scratch)
+    chroma = resize_rows(plane[1:], x, y, w, h, res, bicubic, 0 if ycc else 32,
+                         scratch.chroma_axis, scratch.chroma, scratch)
     out = (res + 31) // 32 * 32
-    plane = out * out
-    for y in range(0, out, 64):
+    for row in range(0, out, 64):
         for i in range(res):
-            a = weighted_sum(luma, i, y)
-            b = a
-            c = a
-            if components == 3:
-                b = weighted_sum(chroma, i, y)
-                c = weighted_sum(chroma, i, y + out)
+            a = weighted_sum(luma, i, row)
+            b = weighted_sum(chroma, i, row)
+            c = weighted_sum(chroma, i, row + out)
             at = scratch.strip + 64 * (res - 1 - i if flip else i)
             store_pixels(at, 64 * out, ycc, a[0], a[1], b[0], b[1], c[0], c[1])
             store_pixels(at + 32, 64 * out, ycc, a[2], a[3], b[2], b[3], c[2], c[3])
         for k in range(3):
-            transpose_strip(scratch.strip + 64 * out * k, res, out - y,
-                            scratch.resized + plane * k + out * y, out)
-    for y in range(res):
-        for x in range(0, res, 32):
-            at = scratch.resized + out * y + x
-            pixels = to + 3 * (y * res + x)
-            whole = x + 32 <= res
+            transpose_strip(scratch.strip + 64 * out * k, res, out - row,
+                            scratch.resized + out * (out * k + row), out)
+    for row in range(res):
+        for column in range(0, res, 32):
+            at = scratch.resized + out * row + column
+            pixels = to + 3 * (row * res + column)
+            whole = column + 32 <= res
             store_interleaved(pixels if whole else scratch.strip, load_words(at),
-                              load_words(at + plane), load_words(at + 2 * plane))
+                              load_words(at + out * out), load_words(at + 2 * out * out))
             if not whole:
-                memcpy(pixels, scratch.strip, 3 * (res - x))
+                memcpy(pixels, scratch.strip, 3 * (res - column))
 
 
 # --- kernels: one sample, and the loop that every thread runs
@@ -1369,22 +1298,6 @@ def decode_sample(address, size, mode, width, height, x, y, w, h, scratch):
     if code == OK:
         split_rgb(rgb, width, x, y, w, h, scratch)
     return code
-
-
-@njit
-def write_crop(x, y, w, h, res, bicubic, flip, to, scratch):
-    """A box of decoded planes, resized and flipped, to res * res * 3 bytes of RGB."""
-    plane = int64s_at(scratch.plane, (3, PLANE_SIZE))
-    ycc = plane[0, YCC] == 1
-    components = int64s_at(scratch.info, (INFO_SIZE,))[COMPONENTS] if ycc else 3
-    luma = resize_rows(plane[:1], x, y, w, h, res, bicubic, 32, scratch.luma_axis, scratch.luma,
-                       scratch)
-    chroma = luma
-    if components == 3:
-        chroma = resize_rows(plane[1:], x, y, w, h, res, bicubic, 0 if ycc else 32,
-                             scratch.chroma_axis, scratch.chroma, scratch)
-    ycc = ycc and components == 3
-    resize_columns(luma, chroma, components, ycc, res, flip, to, scratch)
 
 
 @njit(nogil=True, cache=True)
@@ -1484,19 +1397,19 @@ def fill(job, scratch, batch):
 
 
 @njit(nogil=True, cache=True)
-def fill_share(table, scale, ratio, seed, epoch, res, bicubic, codes):
+def fill_share(table, thread, threads, scale, ratio, seed, epoch, res, bicubic):
     """One thread's share of one of FFCV's batches.
 
-    A row of table: address, size, mode, width, height, number of the sample, where to.
+    A row of table: address, size, mode, width, height, number of the sample, where to; its code.
     """
     if len(table) == 0:
         return
-    memory, scratch = allocate_scratch(table[:, 1], table[:, 3], table[:, 4], res)
-    for i in range(len(table)):
-        address, size, mode, width, height, draw, to = table[i]
+    memory, scratch = make_scratch(table[:, 1], table[:, 3], table[:, 4], res)
+    for i in range(thread, len(table), threads):
+        address, size, mode, width, height, draw, to, _ = table[i]
         x, y, w, h = random_box(width, height, scale, ratio, seed, epoch, draw, 0)
-        codes[i] = resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic, False,
-                                to, scratch)
+        table[i, 7] = resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic,
+                                   False, to, scratch)
     memory[0] = 0  # numba frees an array after its last use, and scratch lies in this one
 
 
@@ -1511,6 +1424,7 @@ class BetonReader:
     """
 
     def __init__(self, path: str | Path):
+        bind()
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"{path}: no such file. Build it: `python build_beton.py --data-dir "
@@ -1613,25 +1527,21 @@ class BetonReader:
             raise self.sample_error(i, REASONS[SHORT_READ])
         return data
 
-    def image(self, i: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-        """Sample i, or its box (x, y, w, h), as uint8 (h, w, 3), decoded by libjpeg-turbo."""
+    def image(self, i: int) -> np.ndarray:
+        """Sample i as uint8 (height, width, 3), decoded by libjpeg-turbo."""
         width = int(self.widths[i])
         height = int(self.heights[i])
-        x, y, w, h = box or (0, 0, width, height)
-        inside = 0 <= x and 0 <= y and 0 < w <= width - x and 0 < h <= height - y
-        check("box", box, inside, f"one inside {width}x{height}")
         stored = np.frombuffer(self.read(i), np.uint8)
         pixels = stored
         code = OK if len(stored) == 3 * width * height else OTHER_SIZE
         if self.modes[i] == 0:
             pixels = np.empty(3 * width * height, np.uint8)
-            bind()
             with kernel_cache(decode_rgb):
                 code = decode_rgb(stored.ctypes.data, len(stored), width, height,
                                   pixels.ctypes.data)
         if code != OK:
             raise self.sample_error(i, REASONS[code])
-        return pixels.reshape(height, width, 3)[y:y + h, x:x + w].copy()
+        return pixels.reshape(height, width, 3).copy()
 
     def close(self):
         self.file.close()
@@ -1850,7 +1760,6 @@ class Epoch:
             *np.zeros((3, self.end), np.int64), np.zeros((self.end, size), np.int64), loader.train,
             loader.res, size, loader.views, loader.interpolation == "bicubic", loader.seed,
             loader.epoch, loader.scale, loader.ratio, loader.hflip, loader.crop_ratio)
-        bind()
         if not fill.signatures:
             with kernel_cache(fill, COMPILING):
                 memory, scratch = self._make_scratch()
@@ -2013,11 +1922,6 @@ class ESSLLoader(EpochLoader):
 
 
 # --- loader over a folder of pictures
-def ignore_sigterm(worker):
-    """torchrun and Slurm signal worker processes too; the loader ends them when it is left."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 @dataclass(eq=False, repr=False)
 class FolderLoader(EpochLoader):
     """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
@@ -2092,10 +1996,12 @@ class FolderLoader(EpochLoader):
             center_box(8, 8, self.crop_ratio)
             uniform(self.seed, 0, 0, 0)
         batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
+        # torchrun and Slurm signal worker processes too; the loader ends them when it is left
         for images, labels, errors in torch.utils.data.DataLoader(
                 self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
                 pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
-                generator=torch.Generator(), worker_init_fn=ignore_sigterm):
+                generator=torch.Generator(),
+                worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)):
             if any(errors):
                 raise DataError(f"{max(errors)}. Remove it, or build a file without it: python "
                                 f"build_beton.py --skip-bad --data-dir {self.path} --out FILE.")
@@ -2173,11 +2079,8 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
     scale = (float(scale[0]), float(scale[1]))
     ratio = (float(ratio[0]), float(ratio[1]))
     bind()
-    pair = types.UniTuple(types.float64, 2)
-    number = types.int64
     with kernel_cache(fill_share, COMPILING):  # here, not in the middle of FFCV's compiling
-        fill_share.compile((number[:, :], pair, pair, number, number, number, types.boolean,
-                            number[:]))
+        fill_share(np.zeros((0, 8), np.int64), 0, 1, scale, ratio, seed, 0, res, bicubic)
 
     class CropDecoder(SimpleRGBImageDecoder):  # FFCV takes only its own class for a decoder
         def declare_state_and_memory(self, previous_state):
@@ -2195,8 +2098,7 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
             def decode(batch_indices, destination, metadata, storage_state):
                 n = len(batch_indices)
                 number = atomic_add(counter, 1)
-                table = np.empty((n, 7), np.int64)
-                codes = np.empty(n, np.int64)
+                table = np.empty((n, 8), np.int64)
                 for i in range(n):
                     sample = metadata[batch_indices[i]]
                     data = read(sample["data_ptr"], storage_state)
@@ -2209,10 +2111,10 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
                     row[5] = batch_indices[i]
                     row[6] = destination[i].ctypes.data
                 for thread in parallel(threads):
-                    fill_share(table[thread::threads], scale, ratio, seed, number, res, bicubic,
-                               codes[thread::threads])
-                if codes.max() != 0:
-                    sample = batch_indices[np.argmax(codes)]
+                    fill_share(table, np.int64(thread), threads, scale, ratio, seed, number, res,
+                               bicubic)
+                if table[:, 7].max() != 0:
+                    sample = batch_indices[np.argmax(table[:, 7])]
                     with objmode():
                         interrupt_ffcv(sample)
                     raise ValueError("a sample of the .beton file is damaged")

@@ -56,6 +56,7 @@ from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, cente
 from models_mae import ViT, WeightsError, load_into, load_mae, read_weights, size_of, vit_settings
 
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+essl_loader.bind()  # for kernels that tests call without a reader
 HERE = Path(__file__).resolve().parent
 PHOTOS = os.environ.get("DAILYMAE_PHOTOS")
 soak = functools.partial(pytest.param, marks=pytest.mark.soak)  # a case for -m soak only
@@ -454,7 +455,7 @@ def test_build_verify_finds_one_flipped_bit(folder, tmp_path):
 def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
     """Random boxes, odd sizes, every sampling: within one level of libjpeg-turbo's full decode."""
     rng = np.random.default_rng(3)
-    lib = essl_loader.load_turbojpeg()
+    lib = essl_loader.bind()
     lib.tj3Init.restype = ctypes.c_void_p
     decoder = ctypes.c_void_p(lib.tj3Init(1))
     gray = subsampling == "gray"
@@ -850,6 +851,13 @@ def test_loader_refuses_what_libjpeg_turbo_refuses(options):
             refused += 1
         assert guarded_crop(bytes(data), 90, 70, (0, 0, 90, 70)) == expected
     assert 10 < refused < 190
+    frame = jpeg.index(b"\xff\xc0")
+    for at, value in ((frame + 12, 17), (start - 3, 1), (start - 1, 1)):  # a table, which bits
+        data = bytearray(jpeg)
+        data[at] = value
+        with pytest.raises(RuntimeError):
+            turbojpeg.decompress(bytes(data), raise_on_warnings=True)
+        assert guarded_crop(bytes(data), 90, 70, (0, 0, 90, 70)) == essl_loader.BROKEN
 
 
 @pytest.mark.parametrize("count", [30, soak(3000)])
