@@ -9,7 +9,7 @@ SOURCE is a folder of class folders, of class tars or of pictures; a .tar of any
 WebDataset .tar, a .parquet or a folder of these. Nothing is unpacked.
 
 --demo takes 10 s on two EPYC cores. Exit code 2: the input is bad; 1: anything else. Last line:
-val.beton: 320 images, 5 classes, 23.8 MB, 0 kept, 320 re-encoded, 0 left out, 3.4 s (95 images/s)
+x.beton: 320 images, 5 classes, 23.8 MB, 0 kept, 320 re-encoded, 0 left out, 1.2 s (259 images/s)
 """
 import argparse
 import contextlib

@@ -47,7 +47,7 @@ def get_args(argv):
     both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
     add = p.add_argument
-    add("--finetune", help="checkpoint to start from: ours, official MAE's, timm's; or none")
+    add("--finetune", help="start: ours, official MAE's or timm's file; none: random weights")
     add("--eval", action="store_true", help="only evaluate --resume CHECKPOINT on each --val-data")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or class folders")
     add("--val-data", nargs="+", default=["data/val_500_100.beton"], help="held-out set or sets")
@@ -98,7 +98,7 @@ def setup(seed, training):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise SystemExit("There is an NVIDIA GPU that torch cannot use: update driver or torch.")
+        raise SystemExit("torch cannot use the GPU. Update its driver; CPU: CUDA_VISIBLE_DEVICES=")
     if world > 1:  # a prefix per attempt: torchrun's store still holds the addresses of dead ranks
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -5,7 +5,7 @@
 
 MAE (He et al., arXiv 2111.06377) with the official names, so that official checkpoints load both
 ways. Needs torch and timm. Shapes: B images, L patches, K kept, D width, P = p * p * 3 pixel values
-of a patch. The export's last line: `encoder.pt: 150 tensors`
+of a patch. Last line: `encoder.pt: 150 tensors, for timm.create_model(..., global_pool='token')`
 """
 import argparse
 import math

@@ -1,7 +1,7 @@
 """The paper's numbers, as data and pure functions of progress (DailyMAE, arXiv 2404.00509).
 
     python schedules.py                                              # the schemes and their FLOPs
-    python schedules.py --tflops 430 --gpus 1 --epochs 800 --hours 24   # hours of each, what fits
+    python schedules.py --tflops 434 --gpus 1 --epochs 800 --hours 24   # hours of each, what fits
 
 The last line is that of the lean scheme:
     lean    224 0.90  192 0.90  224 0.90     39.6 GFLOP an image,  0.68 x fixed
