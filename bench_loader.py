@@ -60,8 +60,7 @@ def get_args(argv=None):
     add("--passes", type=int, default=7, help="rounds that count (default: %(default)s)")
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
         help=f"of {', '.join(SECTIONS)} (default: all)")
-    add("--img-s", type=int, nargs="+", default=[11863],
-        help="images/s that recipes train at (default: 11863, 800 epochs of ImageNet in a day)")
+    add("--img-s", type=int, nargs="+", default=[11863], help="a recipe's (default: %(default)s)")
     args = p.parse_args([re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
                          for word in (sys.argv[1:] if argv is None else argv)])
     args.num_workers = args.num_workers or usable_cores()
@@ -114,6 +113,8 @@ def measure(args, report, makes, base):
                 child = ProcessPoolExecutor(1)
                 row = {"name": name, **child.submit(time_pass, *make).result()}
             row |= child.submit(time_pass, *make, with_memory=True).result()
+        except DataError:
+            raise
         except Exception as error:  # whatever an alternative raises, the others go on
             leave_out(report, name, error)
             continue
@@ -140,10 +141,9 @@ def find_source(args, reads):
         return getattr(args, reads)
     path = Path(args.temporary, f"{reads.replace('-', '').replace(' ', '_')}.beton")
     if not path.exists():
-        script = Path(__file__).with_name("build_beton.py")
-        words = ["--data-dir", args.data_dir, "--out", path]
-        words += f"{reads} --limit {args.images}".split()
-        done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+        words = [sys.executable, Path(__file__).with_name("build_beton.py"), "--out", path]
+        words += ["--data-dir", args.data_dir, "--limit", f"{args.limit}", *reads.split()]
+        done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"build_beton.py {reads} --data-dir {args.data_dir}: {done.stderr}")
     return path
@@ -178,10 +178,9 @@ def open_alternative(name, source, res, args):
 def loader_passes(args, name, reads, res):
     """run(with_memory): a pass's memory, or images/s and, in the first, time to its first batch."""
     if name.startswith("FFCV"):
-        import ffcv.loader  # noqa: F401  before the clock runs, as our own imports are
-        ffcv_decoder()  # likewise, for its kernel
+        ffcv_decoder()  # imports ffcv and compiles our kernel before the clock runs
     source = find_source(args, reads)
-    opened = time.perf_counter()
+    t0 = time.perf_counter()
     start_pass = open_alternative(name, source, res, args)
 
     def run(with_memory):
@@ -198,8 +197,7 @@ def loader_passes(args, name, reads, res):
         for images, _ in start_pass():
             times.append(time.perf_counter())
             n += images.numel() // (3 * res * res)  # each view counts
-        seconds = time.perf_counter() - times[0]
-        return {"images_s": n / seconds, "first_batch_s": times[1] - opened}
+        return {"images_s": n / (time.perf_counter() - times[0]), "first_batch_s": times[1] - t0}
     return run
 
 
@@ -311,12 +309,14 @@ def main(args):
         try:
             for path in (args.json, args.plot):
                 path.parent.mkdir(parents=True, exist_ok=True)
+            args.limit = args.images
             if not args.data and args.data_dir:
                 args.data = find_source(args, COMPRESSION["500_95"])
             reader = BetonReader(args.data or "data/train_500_95.beton")
             args.data = reader.path
             paths = FolderLoader(args.data_dir, 1).paths if args.data_dir else ()
-            if paths and reader.num_samples not in (len(paths), args.images):
+            args.limit = reader.num_samples
+            if paths and args.limit not in (len(paths), min(len(paths), args.images)):
                 raise DataError(f"{args.data} holds {reader.num_samples:,} pictures, "
                                 f"{args.data_dir} another number: take the folder that it is of.")
             cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]

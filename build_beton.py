@@ -1,7 +1,6 @@
 """Turns pictures into a .beton file that ESSL, and FFCV, load.
 
     python build_beton.py --data-dir imagenet/train --out data/train_500_95.beton
-    python build_beton.py --data-dir ILSVRC2012_img_train.tar --out data/train.beton --lossless
     python build_beton.py --demo              # draws data/demo_train.beton and data/demo_val.beton
     python build_beton.py --verify data/train.beton --exclude-bad
 
@@ -40,6 +39,10 @@ from essl_loader import (ALLOC, FIELD, HEADER, SAMPLE, BetonReader, bind, tables
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 RESAMPLING = {"turbojpeg": Image.Resampling.BOX, "pil": Image.Resampling.BICUBIC}
+COLOURS = {"red": (220, 50, 40), "yellow": (230, 200, 50), "green": (60, 180, 70),
+           "blue": (50, 100, 225), "purple": (170, 70, 200)}
+SIDES = {"triangle": 3, "disc": 60}
+DEMO_CLASSES = [f"{colour}_{shape}" for colour in COLOURS for shape in SIDES]
 
 
 def get_args(argv=None):
@@ -93,6 +96,8 @@ def find_in_tar(file, path, start=0, folder=""):
         tar.members.clear()  # else it keeps 1 kB for each
         key, suffix = os.path.splitext(os.path.normpath(folder + member.name))
         begin = start + member.offset_data
+        if member.name.startswith(f"{path.stem}_"):  # ImageNet's n01440764.tar, a class
+            key = f"{path.stem}/{key}"
         if suffix.lower() in PICTURES and not member.isdir():
             pictures.append(Picture(str(path), key + suffix, begin, member.size, None))
         elif suffix == ".tar":
@@ -139,11 +144,11 @@ def find_pictures(source):
                     for name in names if name.lower().endswith(PICTURES)]
     if not pictures:
         raise ValueError(f"{source} holds no picture ({' '.join(PICTURES)}), .tar or .parquet.")
-    if any(picture.label is not None for picture in pictures):
+    some_flat = not all(os.path.dirname(picture.name) for picture in pictures)
+    if len(packed) > 1 and some_flat or any(p.label is not None for p in pictures):
         return pictures
     # Class folders in ImageFolder's order. A tar's may all lie in ILSVRC/Data/CLS-LOC/train.
-    tars = len(packed) > 1  # of which one without folders is a class
-    folders = [os.path.dirname(p.name) or Path(p.path).stem * tars for p in pictures]
+    folders = [os.path.dirname(picture.name) for picture in pictures]
     top = os.path.commonpath(folders) if packed else ""
     labels = [folder[len(top):].strip("/").split("/")[0] for folder in folders]
     if not any(labels):  # a flat source is one class
@@ -171,8 +176,9 @@ def find_data(source, labels_file, classes_file):
         classes = [str(number) for number in range(min(max(labels), 99_999) + 1)]
     else:
         classes = sorted(label for label in labels if isinstance(label, str))
-    # A number is a class's name where all names are numbers, else its place
-    numbers = map(int, classes) if all(map(str.isdecimal, classes)) else range(len(classes))
+    # A number of --labels is a class's name where all names are numbers, else its place
+    named = labels_file and all(map(str.isdecimal, classes))
+    numbers = map(int, classes) if named else range(len(classes))
     number_of = {label: i for i, pair in enumerate(zip(numbers, classes)) for label in pair}
     for path, name, _, _, label in pictures:
         if label not in number_of:
@@ -198,12 +204,6 @@ def read_source(picture):
     with open(f"{path}/{name}" if size == -1 else path, "rb") as file:
         file.seek(start)
         return file.read(size)
-
-
-COLOURS = {"red": (220, 50, 40), "yellow": (230, 200, 50), "green": (60, 180, 70),
-           "blue": (50, 100, 225), "purple": (170, 70, 200)}
-SIDES = {"triangle": 3, "disc": 60}
-DEMO_CLASSES = [f"{colour}_{shape}" for colour in COLOURS for shape in SIDES]
 
 
 def draw_picture(split, index):
@@ -311,12 +311,11 @@ def encode_sample(settings, job):
         jpeg = compress(picture, settings["quality"], settings["chroma"])
         return seal(jpeg), *picture.size, False
     except Exception as error:  # Pillow raises anything on a damaged file; it is listed
-        if getattr(error, "errno", None):  # but not the disk's fault, which ends the build
+        if getattr(error, "errno", 0) in (2, 5, 107, 110, 116):  # gone, I/O error, network
             raise OSError(f"{job.path}/{job.name}: {error}") from None
         return str(error) or type(error).__name__
 
 
-# --- worker processes
 def in_order(work, jobs, num_workers):
     """Yields work(job) for every job, in order, from worker processes. RuntimeError if one dies."""
     workers = min(num_workers or usable_cores(), len(jobs))
@@ -382,9 +381,9 @@ def write_beton(out, pictures, classes, settings, args):
         file.write(alloc[:n].tobytes())
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + samples[:n].tobytes())
-    sidecar = {"classes": classes, "settings": settings, "kept": kept, "left_out": bad}
-    with write_aside(out.with_suffix(".json")) as file:
-        file.write(json.dumps(sidecar, indent=1).encode())
+        sidecar = {"classes": classes, "settings": settings, "kept": kept, "left_out": bad}
+        with write_aside(out.with_suffix(".json")) as sidecar_file:  # in place before FILE is
+            sidecar_file.write(json.dumps(sidecar, indent=1).encode())
     seconds = time.monotonic() - t0
     print(f"{out}: {n:,} images, {len(classes)} classes, {out.stat().st_size / 1e6:,.1f} MB, "
           f"{kept:,} kept, {n - kept:,} re-encoded, {len(bad):,} left out, {seconds:.1f} s "
@@ -429,7 +428,9 @@ def main(args):
     settings = {"essl": 1, "max_resolution": args.max_resolution, "quality": args.quality,
                 "chroma": args.chroma, "codec": args.codec, "lossless": args.lossless}
     try:
-        if args.lossless and not hasattr(bind(), "tj3Transform"):
+        tiny = compress(Image.new("RGB", (16, 16)), 95, "420")
+        if args.lossless and not (hasattr(bind(), "tj3Transform") and
+                                  keep_jpeg(tiny, Image.open(io.BytesIO(tiny)), 16)):
             raise ImportError("--lossless needs libjpeg-turbo 3: `pip install turbojpeg`.")
         if args.verify:
             verify(args.verify, args.exclude_bad, args.num_workers)
@@ -447,9 +448,8 @@ def main(args):
     except (ValueError, FileNotFoundError, NotADirectoryError, ImportError) as error:
         print(f"build_beton: {error}", file=sys.stderr)
         sys.exit(1 if args.verify else 2)
-    except OSError as error:
-        text = str(error).strip().splitlines()[-1]  # behind a worker's traceback
-        sys.exit(f"build_beton: {text}. Check the path, its permissions and the space left there.")
+    except OSError as error:  # a worker's stands behind its traceback
+        sys.exit(f"build_beton: {str(error).strip().splitlines()[-1]}. Check path and disk.")
     except RuntimeError as error:
         sys.exit(f"build_beton: a worker died: {error} Out of memory? Use fewer --num-workers.")
     except KeyboardInterrupt:

@@ -1408,8 +1408,8 @@ def fill_share(table, thread, threads, scale, ratio, seed, epoch, res, bicubic):
     for i in range(thread, len(table), threads):
         address, size, mode, width, height, draw, to, _ = table[i]
         x, y, w, h = random_box(width, height, scale, ratio, seed, epoch, draw, 0)
-        table[i, 7] = resized_crop(address, size, mode, width, height, x, y, w, h, res, bicubic,
-                                   False, to, scratch)
+        table[i, 7] = resized_crop(address, size, mode, width, height, x, y, w, h, res,
+                                   bicubic == 1, False, to, scratch)
     memory[0] = 0  # numba frees an array after its last use, and scratch lies in this one
 
 
@@ -1976,9 +1976,10 @@ class FolderLoader(EpochLoader):
             if self.train and uniform(*draw, flip_draw) < self.hflip:
                 crop = ImageOps.mirror(crop)
             if self.train and self.transform:
-                # timm's RandAug draws from these two generators, this worker process's own.
+                # transforms draw from these generators, this worker process's own
                 random.seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
                 np.random.seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
+                torch.manual_seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
                 crop = self.transform(crop)
             crops[view] = crop
         return crops, self.labels[sample], ""
@@ -2075,7 +2076,7 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
     res = int(output_size[0])
     check("output_size", output_size, res == output_size[1], "a square")
     check("interpolation", interpolation, interpolation in INTERPOLATIONS, INTERPOLATIONS)
-    bicubic = interpolation == "bicubic"
+    bicubic = int(interpolation == "bicubic")
     scale = (float(scale[0]), float(scale[1]))
     ratio = (float(ratio[0]), float(ratio[1]))
     bind()
@@ -2111,8 +2112,9 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
                     row[5] = batch_indices[i]
                     row[6] = destination[i].ctypes.data
                 for thread in parallel(threads):
-                    fill_share(table, np.int64(thread), threads, scale, ratio, seed, number, res,
-                               bicubic)
+                    # Not literals, for each of which numba would compile a kernel of its own
+                    fill_share(table, np.int64(thread), np.int64(threads), scale, ratio,
+                               np.int64(seed), number, np.int64(res), np.int64(bicubic))
                 if table[:, 7].max() != 0:
                     sample = batch_indices[np.argmax(table[:, 7])]
                     with objmode():

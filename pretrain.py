@@ -285,8 +285,8 @@ def main(args):
                   device=device, res=args.input_size)
     loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],
                          order=args.order, indices=indices, **shared)
-    if loader.classes and len(loader.classes) < 2:
-        print0(f"{args.data} has no classes: there is no online probe.")
+    if loader.labels.min() == loader.labels.max():
+        print0(f"{args.data} has one class only: there is no online probe.")
         args.probe = "off"
     val = None
     if args.probe != "off":

@@ -219,7 +219,8 @@ def test_build_sources_give_the_same_file(folder, tmp_path, kind):
     if kind == "tar of tars":
         files["0.tar"] = tar_of([("light.tar", tar_of(light[::-1])), ("dark.tar", tar_of(dark))])
     elif kind == "class tars":
-        files |= {"dark.tar": tar_of(dark), "light.tar": tar_of(light)}
+        files = {f"{name}.tar": tar_of((f"{name}_{file}", data) for file, data in items)
+                 for name, items in (("dark", dark), ("light", light))}
     elif kind == "class folders in a tar":
         files["0.tar"] = tar_of([(f"./top/{c}/{name}", data) for c, items in
                                  (("light", light), ("dark", dark)) for name, data in items])
