@@ -292,7 +292,7 @@ def test_build_refuses_in_words(folder, tmp_path):
             ("cut.tar", [], "cut.tar"), ("cut.parquet", [], "cut.parquet"),
             ("empty", [], "empty holds no picture"), ("missing", [], "missing"),
             ("flat.tar", ["--labels", tmp_path / "two.txt"], "two.txt"),
-            ("flat.tar", ["--labels", tmp_path / "twice.txt"], "twice.txt"),
+            ("flat.tar", ["--labels", tmp_path / "twice.txt"], "two labels"),
             (folder / "val", ["--classes", tmp_path / "two.txt"], "two.beton"),
             (folder / "val", ["--classes", tmp_path / "unnamed.beton"], "none of the 0 classes")):
         words = ["--data-dir", tmp_path / source, "--out", tmp_path / "x.beton", *words]
