@@ -60,7 +60,7 @@ def get_args(argv=None):
     add("--passes", type=int, default=7, help="rounds that count (default: %(default)s)")
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
         help=f"of {', '.join(SECTIONS)} (default: all)")
-    add("--img-s", type=int, nargs="+", default=[11863], help="a recipe's (default: %(default)s)")
+    add("--img-s", type=int, nargs="+", default=[11863], help="to count cores for (%(default)s)")
     args = p.parse_args([re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
                          for word in (sys.argv[1:] if argv is None else argv)])
     args.num_workers = args.num_workers or usable_cores()

@@ -310,8 +310,8 @@ def encode_sample(settings, job):
             picture = picture.resize(size, RESAMPLING[settings["codec"]])
         jpeg = compress(picture, settings["quality"], settings["chroma"])
         return seal(jpeg), *picture.size, False
-    except Exception as error:  # Pillow raises anything on a damaged file; it is listed
-        if getattr(error, "errno", 0) in (2, 5, 107, 110, 116):  # gone, I/O error, network
+    except Exception as error:  # Pillow raises anything on a damaged file; a disk's error ends all
+        if getattr(error, "errno", 0) in (2, 5, 107, 110, 116):  # no file, I/O, network
             raise OSError(f"{job.path}/{job.name}: {error}") from None
         return str(error) or type(error).__name__
 
@@ -382,7 +382,7 @@ def write_beton(out, pictures, classes, settings, args):
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + samples[:n].tobytes())
         sidecar = {"classes": classes, "settings": settings, "kept": kept, "left_out": bad}
-        with write_aside(out.with_suffix(".json")) as sidecar_file:  # in place before FILE is
+        with write_aside(out.with_suffix(".json")) as sidecar_file:  # takes its name first
             sidecar_file.write(json.dumps(sidecar, indent=1).encode())
     seconds = time.monotonic() - t0
     print(f"{out}: {n:,} images, {len(classes)} classes, {out.stat().st_size / 1e6:,.1f} MB, "

@@ -1098,7 +1098,7 @@ def make_axis(begin, size, count, out, bicubic, step, half_level, memory, work):
             starts = floor((starts - 1) * 0.5)
         starts = clamp(starts, -origin // step, 1e9)
         store_integers(first + 4 * i, starts + origin // step)
-        total = lane_numbers() * 0
+        total = lane_numbers() * 0  # a vector of zeros
         for t in range(taps):
             samples = starts + t
             at = samples if step == 1 else samples + samples
@@ -1400,7 +1400,7 @@ def fill(job, scratch, batch):
 def fill_share(table, thread, threads, scale, ratio, seed, epoch, res, bicubic):
     """One thread's share of one of FFCV's batches.
 
-    A row of table: address, size, mode, width, height, number of the sample, where to; its code.
+    A row of table: address, size, mode, width, height, sample, where to, and its code (written).
     """
     if len(table) == 0:
         return
@@ -1878,8 +1878,8 @@ class ESSLLoader(EpochLoader):
     sample. Bytes depend on (seed, epoch, indices) and the stage alone, not on num_workers (0: all
     cores of this process). Evaluation visits each sample once over all ranks; training leaves out
     what does not fill all ranks, and the last partial batch (drop_last=None). order="pages" is for
-    files larger than memory. On a CUDA device five batches lie in pinned memory, each
-    rounded up to a power of two.
+    files larger than memory. On a CUDA device five batches lie in pinned memory, each in
+    the next power of two of bytes.
     Raises ValueError for an argument and DataError for the file; both say what to do.
     """
 
@@ -1976,10 +1976,11 @@ class FolderLoader(EpochLoader):
             if self.train and uniform(*draw, flip_draw) < self.hflip:
                 crop = ImageOps.mirror(crop)
             if self.train and self.transform:
-                # transforms draw from these generators, this worker process's own
-                random.seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
-                np.random.seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
-                torch.manual_seed(int(uniform(*draw, flip_draw + 1) * 2 ** 32))
+                # Transforms draw from these generators, this worker process's own
+                number = int(uniform(*draw, flip_draw + 1) * 2 ** 32)
+                random.seed(number)
+                np.random.seed(number)
+                torch.manual_seed(number)
                 crop = self.transform(crop)
             crops[view] = crop
         return crops, self.labels[sample], ""
@@ -2032,7 +2033,7 @@ def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1):
 
 
 def check_classes(train, val):
-    """Raises DataError where labels tell nothing, or a held-out set's are not of the same kind."""
+    """Raises DataError where there is one class only, or where a held-out set has others."""
     if train.labels.min() == train.labels.max():
         raise DataError(f"{train.path} has pictures of one class only: nothing can be learned from "
                         "its labels. Give class folders, or --labels to build_beton.py.")

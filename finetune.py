@@ -47,7 +47,7 @@ def get_args(argv):
     both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
     add = p.add_argument
-    add("--finetune", help="start: ours, official MAE's or timm's file; none: random weights")
+    add("--finetune", help="start from: ours, official MAE's, timm's; none: random weights")
     add("--eval", action="store_true", help="only evaluate --resume CHECKPOINT on each --val-data")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or class folders")
     add("--val-data", nargs="+", default=["data/val_500_100.beton"], help="held-out set or sets")
@@ -256,7 +256,7 @@ def main(args):
     transform = rand_augment_transform(*RAND_AUG) if args.aug == "rand" else None
     if transform and not Path(args.data).is_dir():
         raise DataError(f"--aug rand works on Pillow's pictures: {args.data} must be a folder.")
-    mixing = args.mixup + args.cutmix > 0  # pairs of a batch
+    mixing = args.mixup + args.cutmix > 0  # pairs of pictures
     with open_loader(args.data, 1) as loader:
         check_batches(loader.num_samples, args.total_batch, args.batch_size, world, 1 + mixing)
     extra = {"transform": transform} if transform else {"order": args.order}
@@ -326,7 +326,7 @@ def main(args):
         first_step = step
         model.train()
         while step < (epoch + 1) * steps_per_epoch and not stopping:
-            if time.time() - saved_at > 60 * args.save_minutes:  # the last epoch is evaluated
+            if time.time() - saved_at > 60 * args.save_minutes:  # after an evaluation
                 checkpoint(last)
                 saved_at = time.time()
             # 3 Aug, erasing, mixup and drop path draw by (seed, step, rank) alone

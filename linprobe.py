@@ -230,7 +230,7 @@ def main(args):
                f"{result['n']:,} pictures, {timedelta(seconds=int(time.time() - start))}")
 
     if args.knn:
-        bank = F.normalize(bank.to(device).float(), dim=1)  # float16 could not tell neighbours
+        bank = F.normalize(bank.to(device).float(), dim=1)  # float16 would make ties
         bank_labels = bank_labels.to(device)
         batch_size = max(1, min(512, 2 ** 26 // len(bank)))  # the similarities take memory
         result = measure(lambda x: knn_score(x, bank, bank_labels, classes), batch_size)
@@ -294,7 +294,7 @@ def main(args):
     if board:
         board.close()
     if step == steps:
-        finish("linear probe", measure(head.eval(), args.batch_size))
+        finish("linear probe", measure(head.eval(), args.batch_size))  # of a finished run too
     else:
         print0(f"stopped at step {step}; the same command goes on from {last}")
     if world > 1:

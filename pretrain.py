@@ -330,7 +330,7 @@ def main(args):
             group["use_fallback"] = True  # AdamW
         optimizer = Muon([muon, *groups], lr=1e-3, betas=PRETRAIN["betas"])
     peak_lr = args.blr * args.total_batch / 256
-    # At scale 1 it only skips steps whose gradients are not finite, on all ranks, without a wait
+    # At scale 1 it only skips steps whose gradients are not finite; with AdamW it waits for no GPU
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
     if args.benchmark:
         return benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader,

@@ -52,7 +52,7 @@ import models_mae
 import pretrain
 import schedules
 from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, center_box,
-                         check_batches, open_loader, random_box)
+                         check_batches, open_loader, random_box, uniform)
 from models_mae import ViT, WeightsError, load_into, load_mae, read_weights, size_of, vit_settings
 
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
@@ -631,7 +631,7 @@ def test_loader_leaves_out_what_verify_excludes(beton, tmp_path):
 
 
 def test_loader_random_box_is_torchvisions():
-    """Boxes follow torchvision's RandomResizedCrop over 4,000 draws."""
+    """Boxes follow torchvision's RandomResizedCrop over 4,000 draws; flips are halves."""
     from torchvision.transforms import RandomResizedCrop
     torch.manual_seed(0)
     picture = Image.new("RGB", (500, 375))
@@ -642,6 +642,8 @@ def test_loader_random_box_is_torchvisions():
     assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (500, 375)).all()
     for q in (0.1, 0.5, 0.9):
         assert np.abs(np.quantile(ours, q, axis=0) - np.quantile(theirs, q, axis=0)).max() < 15
+    flips = [uniform(0, 0, i, essl_loader.FLIP_DRAW) < 0.5 for i in range(4000)]
+    assert abs(np.mean(flips) - 0.5) < 0.03
 
 
 @pytest.mark.parametrize("at, value", [(0, b"\3"), (1, b"\xfe"), (9, b"\xff" * 7),
