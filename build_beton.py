@@ -5,10 +5,11 @@
     python build_beton.py --verify data/train.beton --exclude-bad
 
 SOURCE is a folder of class folders, of class tars or of pictures; a .tar of any of these; a
-WebDataset .tar, a .parquet or a folder of these. Nothing is unpacked.
+WebDataset .tar, a .parquet or a folder of these; or a .beton, of FFCV's too: its samples are copied
+as they are and get the index by which the loader finds a crop. Nothing is unpacked.
 
 --demo takes 10 s on two EPYC cores. Exit code 2: the input is bad; 1: anything else. Last line:
-x.beton: 320 images, 5 classes, 23.8 MB, 0 kept, 320 re-encoded, 0 left out, 1.2 s (259 images/s)
+x.beton: 320 images, 5 classes, 23.8 MB, 320 re-encoded, 0 left out, 1.2 s (259 images/s)
 """
 import argparse
 import contextlib
@@ -24,8 +25,7 @@ import sys
 import tarfile
 import time
 import warnings
-import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,12 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from essl_loader import (ALLOC, FIELD, HEADER, SAMPLE, BetonReader, bind, tables_checksum,
+from essl_loader import (ALLOC, ESSL, FIELD, HEADER, OK, SAMPLE, BetonReader, add_index, bind,
+                         decode_jpeg, is_intact, remove_index, tables_checksum,
                          usable_cores)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+JPEG = 0  # a sample's mode in the file; the other one is raw RGB
 RESAMPLING = {"turbojpeg": Image.Resampling.BOX, "pil": Image.Resampling.BICUBIC}
 COLOURS = {"red": (220, 50, 40), "yellow": (230, 200, 50), "green": (60, 180, 70),
            "blue": (50, 100, 225), "purple": (170, 70, 200)}
@@ -72,6 +74,13 @@ def get_args(argv=None):
                          for word in (sys.argv[1:] if argv is None else argv)])
     if args.data_dir and (args.out is None or args.out.suffix != ".beton"):
         p.error(f"--data-dir needs --out FILE.beton, found --out {args.out}.")
+    if args.data_dir and args.data_dir.suffix == ".beton":
+        encoding = ("lossless", "max_resolution", "quality", "chroma", "codec")
+        flags = [f"--{name.replace('_', '-')}" for name in encoding
+                 if getattr(args, name) != p.get_default(name)]
+        if flags:
+            p.error(f"The samples of {args.data_dir} are copied as they are. Leave out "
+                    f"{', '.join(flags)}, or build from the pictures.")
     if not (1 <= args.quality <= 100 and 1 <= args.max_resolution <= 65500 and args.limit >= 0):
         p.error("--quality goes from 1 to 100, --max-resolution from 1 to 65500, --limit from 0.")
     return args
@@ -79,7 +88,8 @@ def get_args(argv=None):
 
 # --- sources: where the pictures lie
 # A picture is `size` bytes from byte `start` on of the file `path`; all of the file `name` in the
-# folder `path` if size is -1; row `size` of row group `start` of a parquet file.
+# folder `path` if size is -1; row `size` of row group `start` of a parquet file; sample `start` of a
+# .beton.
 Picture = namedtuple("Picture", "path name start size label")
 
 
@@ -124,8 +134,22 @@ def find_in_parquet(path):
     return pictures
 
 
+@functools.lru_cache(1)
+def open_beton(path):
+    return BetonReader(path)
+
+
+def find_in_beton(path):
+    """The samples of a .beton, in its order, with its labels."""
+    reader = open_beton(str(path))
+    return [Picture(str(path), f"sample {i}", i, 0, label)
+            for i, label in enumerate(reader.labels.tolist())]
+
+
 def find_pictures(source):
     """The pictures of --data-dir. Labels: numbers, or names of class folders."""
+    if source.suffix == ".beton":
+        return find_in_beton(source)
     files = [source] if source.is_file() else sorted(source.iterdir())
     packed = [path for path in files if path.suffix in (".tar", ".parquet")]
     pictures = []
@@ -172,6 +196,8 @@ def find_data(source, labels_file, classes_file):
     labels = {picture.label for picture in pictures}
     if classes_file:
         classes = BetonReader(classes_file.with_suffix(".beton")).classes or []
+    elif source.suffix == ".beton" and open_beton(str(source)).classes:
+        classes = open_beton(str(source)).classes
     elif all(isinstance(label, int) for label in labels):
         classes = [str(number) for number in range(min(max(labels), 99_999) + 1)]
     else:
@@ -221,84 +247,110 @@ def draw_picture(split, index):
     return picture.reduce(2)
 
 
-# --- encoding, in the worker processes
+# --- encoding, in the worker processes. how: what was done, which the last line counts
+Sample = namedtuple("Sample", "data mode width height how")
+
+
 def compress(picture, quality, chroma):
-    """An RGB image as baseline JPEG bytes with optimised Huffman tables and restart markers."""
-    mcus = -(-picture.width // (16 if chroma == "420" else 8))
-    divisors = [k for k in range(1, mcus + 1) if mcus % k == 0]  # so that markers line up
-    interval = min(divisors, key=lambda k: (max(3 - k, k - 4, 0), -k))  # 3 or 4, if possible
+    """An RGB image as baseline JPEG bytes with optimised Huffman tables."""
     buffer = io.BytesIO()
     picture.info.clear()  # save() would copy the comment of the file that was read
-    # libjpeg cannot write markers into a full buffer: let the whole JPEG fit.
+    # Pillow cannot go on when its buffer is full: noise at quality 100 takes 4 bytes a pixel
     ImageFile.MAXBLOCK = 65536 + 4 * picture.width * picture.height
-    picture.save(buffer, "JPEG", quality=quality, subsampling=":".join(chroma), optimize=True,
-                 restart_marker_blocks=interval)
+    picture.save(buffer, "JPEG", quality=quality, subsampling=":".join(chroma), optimize=True)
     return buffer.getvalue()
 
 
-def keep_jpeg(data, picture, longest):
-    """The JPEG `data`, opened as `picture`, with restart markers and its coefficients untouched.
+def make_baseline(progressive, picture):
+    """A progressive JPEG, opened as `picture`, as a baseline one with the same coefficients.
 
-    None if it cannot stay as it is: Pillow then judges it, as without --lossless.
+    None if libjpeg-turbo finds a fault in it.
     """
-    mcu = 8 * max(layer[1] for layer in picture.layer) if len(picture.layer) > 1 else 8  # pixels
-    # Near 64 pixels: shorter intervals cost file size (24: 2 %), longer ones speed (168: 5 %).
-    mcus = -(-picture.width // mcu)
-    divisors = [k for k in range(1, mcus + 1) if mcus % k == 0]
-    interval = min(divisors, key=lambda k: max(k * mcu, 4096 / (k * mcu)))
     lib = bind()
     lib.tj3Init.restype = ctypes.c_void_p
-    handle = ctypes.c_void_p(lib.tj3Init(2))  # a new one each time: a fault leaves it unusable
-    # It begins with libjpeg's public jpeg_compress_struct. Of its 4-byte words, 9 is global_state
-    # (103: CSTATE_WRCOEFS), 18 data_precision, 20 jpeg_color_space and 70 restart_interval, which
-    # TurboJPEG has no parameter for in a transform.
-    fields = (ctypes.c_int * 71).from_address(handle.value)
-
-    @ctypes.CFUNCTYPE(ctypes.c_int)
-    def set_interval():  # the transform's filter: called when all is set up and nothing written
-        if (fields[9], fields[18]) != (103, 8) or fields[70] not in (0, interval):
-            return -1  # not that struct
-        fields[70] = interval
-        return 0
-
-    address = ctypes.cast(set_interval, ctypes.c_void_p).value
+    handle = ctypes.c_void_p(lib.tj3Init(2))  # TJINIT_TRANSFORM
+    lib.tj3Set(handle, 0, 1)  # TJPARAM_STOPONWARNING
     options = 64 + 256  # TJXOPT_COPYNONE + TJXOPT_OPTIMIZE
-    transform = np.array([((0,) * 4, 0, options, 0, address)], "4i4, i4, i4, u8, u8")  # tjtransform
+    transform = np.array([((0,) * 4, 0, options, 0, 0)], "4i4, i4, i4, u8, u8")  # tjtransform
     buffer = ctypes.c_void_p()
     size = ctypes.c_size_t()
-    lib.tj3Set(handle, 0, 1)  # TJPARAM_STOPONWARNING
-    failed = lib.tj3Transform(handle, data, ctypes.c_size_t(len(data)), 1, ctypes.byref(buffer),
-                              ctypes.byref(size), ctypes.c_void_p(transform.ctypes.data))
+    failed = lib.tj3Transform(handle, progressive, ctypes.c_size_t(len(progressive)), 1,
+                              ctypes.byref(buffer), ctypes.byref(size),
+                              ctypes.c_void_p(transform.ctypes.data))
     jpeg = ctypes.string_at(buffer, size.value)
-    keep = not failed and max(picture.size) <= longest and fields[20] in (1, 3)  # grey or YCbCr
     lib.tj3Free(buffer)
     lib.tj3Destroy(handle)
-    with contextlib.suppress(Exception):  # a turned one is turned upright and re-encoded
-        keep = keep and picture.getexif().get(0x0112, 1) not in range(2, 9)
-    if keep and "progressive" in picture.info:  # decoders smooth over scans that are missing
-        keep = Image.open(io.BytesIO(jpeg)).tobytes() == picture.tobytes()
-    return jpeg if keep else None
+    if failed or Image.open(io.BytesIO(jpeg)).tobytes() != picture.tobytes():
+        return None  # decoders smooth over scans that are missing, and here they do not
+    return jpeg
 
 
-def seal(jpeg):
-    """The JPEG with a comment behind SOI, 14 bytes in all: the crc32 of what comes after it."""
-    checksum = zlib.crc32(jpeg[2:]).to_bytes(4, "big")
-    return jpeg[:2] + b"\xff\xfe\x00\x0cESSL" + checksum + b"\0\0" + jpeg[2:]
+def keep_jpeg(data, picture, longest):
+    """A Sample of the JPEG `data`, opened as `picture`, byte for byte, or if it is progressive with
+    the same coefficients.
+
+    None if it is too large, turned by EXIF, CMYK, or faulty.
+    """
+    if max(picture.size) > longest or picture.mode not in ("L", "RGB"):
+        return None
+    with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
+        if picture.getexif().get(0x0112, 1) in range(2, 9):
+            return None
+    how = "kept"
+    if "progressive" in picture.info:
+        how = "made baseline"
+        data = make_baseline(data, picture)
+        if data is None:
+            return None
+    return sample_of(data, *picture.size, how)
+
+
+def sample_of(jpeg, width, height, how):
+    """A Sample of a JPEG with its index, or without one if it has restart markers or rare sampling.
+
+    None if libjpeg-turbo, which then has to decode it, finds a fault in it.
+    """
+    data, indexed = add_index(jpeg, width, height)
+    if not indexed:
+        how += " without index"
+        code, _ = decode_jpeg(jpeg, width, height)
+        if code != OK:
+            return None
+    return Sample(data, JPEG, width, height, how)
+
+
+def copy_sample(path, i):
+    """Sample i of another .beton, a JPEG with a new index. ValueError if it is damaged."""
+    reader = open_beton(path)
+    data = reader.read(i)
+    size = (int(reader.widths[i]), int(reader.heights[i]))
+    if reader.modes[i] != JPEG:
+        return Sample(data, int(reader.modes[i]), *size, "raw copied")
+    if is_intact(data):
+        data = remove_index(data)
+    elif reader.settings:  # FFCV's files have none
+        raise ValueError("its bytes do not match their checksum")
+    sample = sample_of(data, *size, "copied")
+    if sample is None:
+        raise ValueError("its JPEG data are damaged")
+    return sample
 
 
 def encode_sample(settings, job):
-    """(JPEG, width, height, kept as it was?) of a picture, or why there is none, as a string."""
-    longest = settings["max_resolution"]
+    """A Sample of a picture, or why there is none, as a string."""
     try:
+        if job.path.endswith(".beton"):
+            return copy_sample(job.path, job.start)
+        longest = settings["max_resolution"]
         if job.path == "demo":
             picture = draw_picture(job.start, job.size)
         else:
             data = read_source(job)
             picture = Image.open(io.BytesIO(data))
             if settings["lossless"] and data[:2] == b"\xff\xd8":  # a JPEG
-                jpeg = keep_jpeg(data, picture, longest)
-                if jpeg:
-                    return seal(jpeg), *picture.size, True
+                sample = keep_jpeg(data, picture, longest)
+                if sample:
+                    return sample
             picture.load()
             with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
                 ImageOps.exif_transpose(picture, in_place=True)
@@ -309,7 +361,7 @@ def encode_sample(settings, job):
             size = [max(1, round(side * longest / max(picture.size))) for side in picture.size]
             picture = picture.resize(size, RESAMPLING[settings["codec"]])
         jpeg = compress(picture, settings["quality"], settings["chroma"])
-        return seal(jpeg), *picture.size, False
+        return sample_of(jpeg, *picture.size, "re-encoded")
     except Exception as error:  # Pillow raises anything on a damaged file; a disk's error ends all
         if getattr(error, "errno", 0) in (2, 5, 107, 110, 116):  # no file, I/O, network
             raise OSError(f"{job.path}/{job.name}: {error}") from None
@@ -348,7 +400,7 @@ def write_beton(out, pictures, classes, settings, args):
     alloc = np.zeros(len(pictures), ALLOC)
     end = HEADER.itemsize + 2 * FIELD.itemsize + samples.nbytes
     n = 0
-    kept = 0  # as they were
+    counts = Counter()  # how many samples were kept, re-encoded, ...
     bad = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(out) as file:
@@ -358,17 +410,17 @@ def write_beton(out, pictures, classes, settings, args):
                 bad.append({"file": f"{picture.path}/{picture.name}", "reason": result})
                 tqdm.write(f"{picture.path}/{picture.name}: {result}", file=sys.stderr)
             elif args.skip_bad or not bad:  # else nothing comes of it, but all bad ones are named
-                jpeg, width, height, is_kept = result
-                while len(jpeg) > page:
+                size = len(result.data)
+                while size > page:
                     page *= 2  # what is placed crosses no boundary of the larger pages either
-                if end // page != (end + len(jpeg) - 1) // page:
+                if end // page != (end + size - 1) // page:
                     end = -(-end // page) * page
-                samples[n] = (0, width, height, end, picture.label)
-                alloc[n] = (n, end, len(jpeg))
+                samples[n] = (result.mode, result.width, result.height, end, picture.label)
+                alloc[n] = (n, end, size)
                 file.seek(end)
-                file.write(jpeg)
-                end += len(jpeg)
-                kept += is_kept
+                file.write(result.data)
+                end += size
+                counts[result.how] += 1
                 n += 1
         if bad and not (args.skip_bad and n):
             raise ValueError(f"{len(bad):,} of {len(pictures):,} pictures are bad, see above. "
@@ -381,21 +433,21 @@ def write_beton(out, pictures, classes, settings, args):
         file.write(alloc[:n].tobytes())
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + samples[:n].tobytes())
-        sidecar = {"classes": classes, "settings": settings, "kept": kept, "left_out": bad}
+        sidecar = {"classes": classes, "settings": settings, "counts": counts, "left_out": bad}
         with write_aside(out.with_suffix(".json")) as sidecar_file:  # takes its name first
             sidecar_file.write(json.dumps(sidecar, indent=1).encode())
     seconds = time.monotonic() - t0
+    kinds = "".join(f"{number:,} {how}, " for how, number in sorted(counts.items()))
     print(f"{out}: {n:,} images, {len(classes)} classes, {out.stat().st_size / 1e6:,.1f} MB, "
-          f"{kept:,} kept, {n - kept:,} re-encoded, {len(bad):,} left out, {seconds:.1f} s "
-          f"({n / seconds:,.0f} images/s)")
+          f"{kinds}{len(bad):,} left out, {seconds:.1f} s ({n / seconds:,.0f} images/s)")
 
 
 # --- verification
 def find_fault(reader, i):
     """What is wrong with sample i of a .beton, or None."""
     try:
-        jpeg = reader.read(i)
-        if reader.settings and jpeg != seal(jpeg[:2] + jpeg[16:]):
+        data = reader.read(i)
+        if reader.settings and reader.modes[i] == JPEG and not is_intact(data):
             return "its bytes do not match their checksum"
         reader.image(i)
     except (OSError, ValueError) as error:
@@ -425,17 +477,17 @@ def verify(path, exclude_bad, num_workers):
 def main(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C: workers just end
     warnings.simplefilter("ignore")  # Pillow's, on EXIF and palettes that it can live with
-    settings = {"essl": 1, "max_resolution": args.max_resolution, "quality": args.quality,
+    settings = {"essl": ESSL, "max_resolution": args.max_resolution, "quality": args.quality,
                 "chroma": args.chroma, "codec": args.codec, "lossless": args.lossless}
     try:
-        tiny = compress(Image.new("RGB", (16, 16)), 95, "420")
-        if args.lossless and not (hasattr(bind(), "tj3Transform") and
-                                  keep_jpeg(tiny, Image.open(io.BytesIO(tiny)), 16)):
+        if args.lossless and not hasattr(bind(), "tj3Transform"):
             raise ImportError("--lossless needs libjpeg-turbo 3: `pip install turbojpeg`.")
         if args.verify:
             verify(args.verify, args.exclude_bad, args.num_workers)
         elif args.data_dir:
             pictures, classes = find_data(args.data_dir, args.labels, args.classes)
+            if args.data_dir.suffix == ".beton":
+                settings = open_beton(str(args.data_dir)).settings | {"essl": ESSL}
             count = min(args.limit or len(pictures), len(pictures))
             pictures = [pictures[i * len(pictures) // count] for i in range(count)]
             write_beton(args.out, pictures, classes, settings, args)

@@ -144,17 +144,18 @@ def write_beton(path, items):
 
 @pytest.fixture(scope="session")
 def beton(tmp_path_factory):
-    """40 pictures of many sizes: 4:2:0, 4:4:4 and gray, with and without restarts, two raw."""
+    """40 pictures of many sizes: 4:2:0, 4:4:4 and gray, with and without an index, two raw."""
     rng = np.random.default_rng(1)
     items = []
     for i in range(40):
         picture = draw(rng, *rng.integers(50, 400, 2).tolist())
-        across = -(-picture.width // (8 if i % 4 == 3 else 16))  # MCUs
-        interval = max(k for k in (1, 2, 3, 4) if across % k == 0)
         data = jpeg_of(picture.convert("L") if i % 10 == 9 else picture,
                        subsampling=0 if i % 4 == 3 else 2,
-                       progressive=i == 14,  # that one is decoded whole, by libjpeg-turbo
-                       restart_marker_blocks=interval if i % 3 else 0)
+                       progressive=i == 14,  # these two are decoded whole, by libjpeg-turbo
+                       restart_marker_blocks=3 if i == 15 else 0)
+        if i % 3:
+            data, has_index = essl_loader.add_index(data, *picture.size)
+            assert has_index == (i != 14)
         raw = i % 20 == 5
         items.append((int(raw), *picture.size, np.asarray(picture).tobytes() if raw else data))
     return write_beton(tmp_path_factory.mktemp("beton") / "mixed.beton", items)
@@ -346,9 +347,9 @@ def test_build_reads_every_mode_as_pillow(tmp_path):
         assert abs(got - expected.convert("RGB")).mean() < 2, name
 
 
-@pytest.mark.parametrize("codec, chroma, interval", [("turbojpeg", "420", 1), ("pil", "444", 2)])
-def test_build_jpeg_is_as_designed(tmp_path, codec, chroma, interval):
-    """Pillow's pixels of the same settings, markers at a divisor of 19 or 38 MCUs, a checksum."""
+@pytest.mark.parametrize("codec, chroma", [("turbojpeg", "420"), ("pil", "444")])
+def test_build_jpeg_is_pillows(tmp_path, codec, chroma):
+    """A stored picture begins with the JPEG that Pillow writes with the same settings."""
     (tmp_path / "in").mkdir()
     draw(np.random.default_rng(0), 301, 203).save(tmp_path / "in/x.png")
     built("--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton", "--codec", codec,
@@ -356,39 +357,50 @@ def test_build_jpeg_is_as_designed(tmp_path, codec, chroma, interval):
     stored = BetonReader(tmp_path / "x.beton").read(0)
     resampling = {"turbojpeg": Image.Resampling.BOX, "pil": Image.Resampling.BICUBIC}[codec]
     small = Image.open(tmp_path / "in/x.png").resize((300, 202), resampling)
-    plain = Image.open(io.BytesIO(jpeg_of(small, quality=90, subsampling=":".join(chroma))))
-    ours = Image.open(io.BytesIO(stored))
-    assert np.array_equal(ours, plain) and ours.layer == plain.layer
-    assert ours.quantization == plain.quantization and stored[2:10] == b"\xff\xfe\0\x0cESSL"
-    assert b"\xff\xdd\0\4" + interval.to_bytes(2, "big") in stored
+    small.info.clear()
+    assert stored.startswith(jpeg_of(small, quality=90, subsampling=":".join(chroma),
+                                     optimize=True))
+
+
+def test_build_encodes_noise(tmp_path):
+    """The largest JPEG that a picture can become: noise at quality 100, in 4:4:4."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    (tmp_path / "in/a").mkdir(parents=True)
+    Image.fromarray(noise).save(tmp_path / "in/a/x.png")
+    out = built("--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton", "--quality", 100,
+                "--chroma", "444")
+    assert "1 re-encoded, 0 left out" in out
+    assert np.abs(BetonReader(tmp_path / "x.beton").image(0).astype(int) - noise).max() < 9
 
 
 @functools.cache
 def jpegs_of_every_kind():
-    """{name: JPEG bytes}; the names of those that --lossless cannot keep begin with z."""
+    """{name: JPEG bytes}. What --lossless does with them: names that begin with z are encoded
+    anew, those with y are made baseline, those with x are kept without an index."""
     rng = np.random.default_rng(5)
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"444": {"subsampling": 0}, "422": {"subsampling": 1}, "420": {"subsampling": 2},
-               "gray": {}, "progressive": {"progressive": True}, "zcmyk": {},
-               "zturned": {"exif": exif}, "restarts": {"restart_marker_blocks": 5},
-               "fine": {"quality": 100, "subsampling": 0}, "zrgb": {"keep_rgb": True},
-               "comment": {"comment": b"hi", "icc_profile": bytes(200)}}
-    for name in ("444", "422", "420", "gray", "fine"):  # as the loader's own decoder takes them
-        options[name + "parts"] = options[name] | {"restart_marker_blocks": 1}
+               "gray": {}, "yprogressive": {"progressive": True}, "zcmyk": {},
+               "zturned": {"exif": exif}, "xrestarts": {"restart_marker_blocks": 5},
+               "fine": {"quality": 100, "subsampling": 0}, "xrgb": {"keep_rgb": True},
+               "comment": {"comment": b"hi", "icc_profile": bytes(200)},
+               "optimised": {"optimize": True}}
     kinds = {"zlarge": jpeg_of(draw(rng, 90, 501))}
     for name, kind in options.items():
-        mode = {"gray": "L", "grayparts": "L", "zcmyk": "CMYK"}.get(name, "RGB")
+        mode = {"gray": "L", "zcmyk": "CMYK"}.get(name, "RGB")
         kinds[name] = jpeg_of(draw(rng, *rng.integers(60, 400, 2).tolist()).convert(mode), **kind)
-    whole = kinds["progressive"]
+    whole = kinds["yprogressive"]
     kinds["zunfinished"] = whole[:whole.rindex(b"\xff\xda")] + b"\xff\xd9"  # decoders smooth it
     kinds["zbytes"] = kinds["420"][:-2] + bytes(9) + b"\xff\xd9"  # libjpeg-turbo warns of these
-    kinds["adobe"] = kinds["444"][:2] + b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\1" + kinds["444"][20:]
+    kinds["xadobe"] = kinds["444"][:2] + b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\1" + kinds["444"][20:]
+    kinds["tail"] = kinds["422"] + b"what a camera left behind the picture"
     return kinds
 
 
-def test_build_lossless_keeps_pixels(tmp_path):
-    """Kept JPEGs decode to their sources' pixels, whole and in crops; the rest is re-encoded."""
+def test_build_lossless_keeps_bytes(tmp_path):
+    """Kept JPEGs are their sources' bytes, progressive ones their pixels; the rest is re-encoded;
+    the last line counts each kind."""
     kinds = dict(jpegs_of_every_kind())
     photos = sorted(Path(PHOTOS).glob("*/*.jp*g"))[:100] if PHOTOS else []
     kinds |= {path.stem: path.read_bytes() for path in photos}
@@ -399,13 +411,36 @@ def test_build_lossless_keeps_pixels(tmp_path):
         stored = reader.read(i)
         if name[0] != "z":
             assert np.array_equal(reader.image(i), pixels(kinds[name])), name
-            layers = Image.open(io.BytesIO(stored)).layer
-            across = -(-reader.widths[i] // (8 * layers[0][1] if layers[1:] else 8))  # MCUs
-            assert across % stored[stored.index(b"\xff\xdd\0\4") + 5] == 0, name
-    kept = sum(name[0] != "z" for name in kinds)
-    assert f"{kept} kept, {len(kinds) - kept} re-encoded" in out
+            assert stored.startswith(kinds[name]) == (name[0] != "y"), name
+    for letter, how in (("z", "re-encoded"), ("y", "made baseline")):
+        assert f" {sum(name[0] == letter for name in kinds)} {how}," in out
+    kept = [int(number) for number in re.findall(r"(\d+) kept", out)]  # with and without index
+    assert sum(kept) == sum(name[0] not in "yz" for name in kinds) and kept[1] >= 3
     loader = ESSLLoader(tmp_path / "x.beton", 8, res=64, drop_last=False)
     assert compare_with_pillow(loader, tmp_path)[0].max() < 2
+
+
+def test_build_copies_a_beton(tmp_path, beton):
+    """A .beton as the source: the same samples, labels and order, raw ones too, and an index, which
+    makes no difference to a batch; a damaged sample is named."""
+    out = built("--data-dir", beton, "--out", tmp_path / "x.beton")
+    assert "36 copied, 2 copied without index, 2 raw copied, 0 left out" in out
+    theirs, ours = BetonReader(beton), BetonReader(tmp_path / "x.beton")
+    for i in range(40):
+        assert ours.read(i).startswith(theirs.read(i)[:-essl_loader.TRAILER_SIZE]), i
+    for name in ("labels", "modes", "widths", "heights"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+    for train in (True, False):
+        first, second = (ESSLLoader(path, 8, train, res=64, drop_last=False)
+                         for path in (beton, tmp_path / "x.beton"))
+        assert epochs_of(first) == epochs_of(second)
+    built("--verify", tmp_path / "x.beton")
+    built("--data-dir", tmp_path / "x.beton", "--out", tmp_path / "again.beton")
+    assert all(BetonReader(tmp_path / "again.beton").read(i) == ours.read(i) for i in range(40))
+    bad = spoil(beton, tmp_path / "bad.beton", 7)
+    assert "sample 7: its JPEG" in built("--data-dir", bad, "--out", tmp_path / "y.beton", code=2)
+    with pytest.raises(SystemExit):
+        build_beton.get_args(["--data-dir", "a.beton", "--out", "b.beton", "--quality", "90"])
 
 
 @pytest.mark.parametrize("who, number, word", [("worker", signal.SIGKILL, "died"),
@@ -451,10 +486,9 @@ def test_build_verify_finds_one_flipped_bit(folder, tmp_path):
 
 # --- essl_loader
 @pytest.mark.parametrize("subsampling", [2, 0, 1, "gray"])
-@pytest.mark.parametrize("restart", [dict(restart_marker_blocks=1), dict(restart_marker_rows=1),
-                                     dict(restart_marker_blocks=2), {}])
-def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
-    """Random boxes, odd sizes, every sampling: within one level of libjpeg-turbo's full decode."""
+def test_loader_crop_decode_equals_crop_of_full_decode(subsampling):
+    """Random boxes, odd sizes, every sampling: within one level of libjpeg-turbo's full decode, and
+    the same with an index as without."""
     rng = np.random.default_rng(3)
     lib = essl_loader.bind()
     lib.tj3Init.restype = ctypes.c_void_p
@@ -465,9 +499,8 @@ def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
                                               (368, 200), (333, 250), (65, 129), (1100, 40)]):
         noise = rng.integers(0, 256, (height // 7 + 2, width // 7 + 2, 3), dtype=np.uint8)
         picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-        jpeg = jpeg_of(picture.convert("L") if gray else picture, **restart,
+        jpeg = jpeg_of(picture.convert("L") if gray else picture,
                        subsampling=0 if gray else subsampling, quality=(95, 30, 100)[number % 3])
-        divides = -(-width // (8 * hs)) % restart.get("restart_marker_blocks", 1) == 0
         chroma = (-(-height // vs), -(-width // hs))
         full = [np.zeros(shape, np.uint8) for shape in ((chroma[0] * vs, chroma[1] * hs), chroma,
                                                         chroma)]
@@ -477,27 +510,64 @@ def test_loader_crop_decode_equals_crop_of_full_decode(subsampling, restart):
         if number % 2:  # fill bytes (T.81, B.1.1.2) change nothing; libjpeg-turbo's reading varies
             scan = jpeg.index(b"\xff\xda") + 2
             jpeg = jpeg[:scan] + jpeg[scan:].replace(b"\xff", b"\xff\xff")
-        memory, scratch = essl_loader.make_scratch(*np.array([[len(jpeg)], [width], [height]]), 8)
-        stored = np.frombuffer(jpeg, np.uint8)
+        sample, has_index = essl_loader.add_index(jpeg, width, height)
+        assert has_index
+        memory, scratch = essl_loader.make_scratch(*np.array([[len(sample)], [width], [height]]), 8)
         corners = rng.integers((width, height), size=(15, 2))
         ends = rng.integers(corners, (width, height)) + 1
         corners[0] = 0
         ends[0] = (width, height)
         for (x, y), (right, bottom) in zip(corners.tolist(), ends.tolist()):
-            known = essl_loader.decode_planes(stored.ctypes.data, len(jpeg), width, height, x, y,
-                                              right - x, bottom - y, scratch)
-            assert known == divides
-            planes = essl_loader.int64s_at(scratch.plane, (3, essl_loader.PLANE_SIZE))
-            for row, expected in zip(planes.tolist(), full[:1 if gray else 3] if divides else ()):
-                address, stride, x0, y0, sx, sy, *_ = row
-                start = address - memory.ctypes.data
-                expected = expected[y // sy:-(-bottom // sy), x // sx:-(-right // sx)]
-                rows = y // sy - y0 // sy + np.arange(expected.shape[0])
-                columns = x // sx - x0 // sx + np.arange(expected.shape[1])
-                columns = columns // 64 * 64 + columns % 8 * 8 + columns // 8 % 8  # as they lie
-                ours = memory.view(np.uint8)[start + stride * rows[:, None] + columns] ^ 128
-                off = np.abs(ours.astype(int) - expected).max()
-                assert off <= 1, ((width, height), (x, y, right, bottom), off)
+            kept = []
+            for data in (sample, jpeg):
+                stored = np.frombuffer(data, np.uint8)
+                code = essl_loader.decode_planes(stored.ctypes.data, len(data), width, height, x, y,
+                                                 right - x, bottom - y, scratch)
+                assert code == essl_loader.OK
+                planes = essl_loader.int64s_at(scratch.plane, (3, essl_loader.PLANE_SIZE))
+                for row, expected in zip(planes.tolist(), full[:1 if gray else 3]):
+                    address, stride, x0, y0, sx, sy, *_ = row
+                    start = address - memory.ctypes.data
+                    expected = expected[y // sy:-(-bottom // sy), x // sx:-(-right // sx)]
+                    rows = y // sy - y0 // sy + np.arange(expected.shape[0])
+                    columns = x // sx - x0 // sx + np.arange(expected.shape[1])
+                    columns = columns // 64 * 64 + columns % 8 * 8 + columns // 8 % 8  # as they lie
+                    ours = memory.view(np.uint8)[start + stride * rows[:, None] + columns] ^ 128
+                    off = np.abs(ours.astype(int) - expected).max()
+                    assert off <= 1, ((width, height), (x, y, right, bottom), off)
+                    kept.append(ours.tobytes())
+            assert kept[:len(kept) // 2] == kept[len(kept) // 2:]
+
+
+@pytest.mark.parametrize("where", ["entries", "trailer", "another picture's"])
+def test_loader_damaged_index_never_gives_other_pixels(where):
+    """Any flipped bit in an index, or the index of another picture of the same size: an error, or
+    the pixels without it where its mark is gone; --verify's checksum finds all of them."""
+    rng = np.random.default_rng(2)
+    width, height = 300, 90
+    jpegs = [jpeg_of(draw(rng, width, height)) for _ in range(2)]
+    samples = [essl_loader.add_index(jpeg, width, height)[0] for jpeg in jpegs]
+    start = len(jpegs[0])
+    trailer = len(samples[0]) - essl_loader.TRAILER_SIZE
+    places = {"entries": range(start, trailer), "trailer": range(trailer, len(samples[0]))}
+    changed = []
+    if where == "another picture's":
+        changed.append(jpegs[0] + samples[1][len(jpegs[1]):])
+    for at in places.get(where, ()):
+        data = bytearray(samples[0])
+        data[at] ^= 1 << int(rng.integers(8))
+        changed.append(bytes(data))
+    assert essl_loader.is_intact(samples[0])
+    for box in ((100, 20, 110, 40), (70, 20, 20, 20)):  # several units of a row, and part of one
+        _, expected = guarded_crop(jpegs[0], width, height, box)
+        refused = 0
+        for data in changed:
+            assert not essl_loader.is_intact(data)
+            code, got = guarded_crop(data, width, height, box)
+            refused += code == essl_loader.BROKEN
+            assert code == essl_loader.BROKEN or got == expected
+        size_and_sum = 4 + 8  # bytes of the trailer without which there is no reading the index
+        assert refused >= {"trailer": size_and_sum}.get(where, len(changed))
 
 
 def compare_with_pillow(loader, folder):
@@ -795,7 +865,7 @@ def guarded(n):
 
 
 def guarded_crop(data, width, height, box):
-    """The code of resizing a JPEG's box; every part of the memory ends at a guard page."""
+    """Code and bytes of resizing a JPEG's box; every part of the memory ends at a guard page."""
     _, scratch = essl_loader.make_scratch(*np.array([[len(data)], [width], [height]]), 48)
     names = scratch._fields[:scratch._fields.index("end") + 1]  # addresses in order
     parts = {name: guarded(getattr(scratch, after) - getattr(scratch, name))
@@ -804,30 +874,46 @@ def guarded_crop(data, width, height, box):
     stored = guarded(len(data))
     stored[:] = np.frombuffer(data, np.uint8)
     out = guarded(48 * 48 * 3)
-    return essl_loader.resized_crop(stored.ctypes.data, len(data), 0, width, height, *box, 48, True,
+    code = essl_loader.resized_crop(stored.ctypes.data, len(data), 0, width, height, *box, 48, True,
                                     False, out.ctypes.data, scratch)
+    return code, out.tobytes()
 
 
 def fuzz(number, folder):
-    """Builds and reads one damaged JPEG and reads one damaged .beton -> outcomes."""
-    signal.alarm(10 if number else 300)  # the first one compiles
+    """Builds and reads one damaged JPEG, with and without an index, and reads one damaged .beton ->
+    outcomes."""
+    signal.alarm(300 if number < 10 else 10)  # the first ones compile
     rng = np.random.default_rng(number)
     kinds = sorted(jpegs_of_every_kind().items())
     whole = kinds[number % len(kinds)][1]
     size = Image.open(io.BytesIO(whole)).size
     jpeg = damaged(rng, whole)
     box = random_box(*size, (0.2, 1.0), (3 / 4, 4 / 3), number, 0, 0)
-    outcomes = ["bad crop" if guarded_crop(jpeg, *size, box) else "good crop"]
+    code, got = guarded_crop(jpeg, *size, box)
+    outcomes = ["bad crop" if code else "good crop"]
+    if rng.random() < 0.5:  # damage in the JPEG that has the index of the whole one
+        index = essl_loader.add_index(whole, *size)[0][len(whole):]
+        sample = damaged(rng, whole)[:len(whole)].ljust(len(whole), b"\0") + index
+    else:  # damage anywhere
+        sample = damaged(rng, essl_loader.add_index(whole, *size)[0])
+    code, got = guarded_crop(sample, *size, box)
+    outcomes.append("bad sample" if code else "good sample")
+    if not code:
+        # The pixels of the undamaged picture, or of one with damage that libjpeg-turbo reads too
+        fine = [guarded_crop(whole, *size, box)]
+        fine.append(guarded_crop(sample[:len(whole)], *size, box))
+        assert (0, got) in fine, number
     (folder / "x.jpg").write_bytes(jpeg)
     settings = vars(build_beton.get_args(["--data-dir=.", "--out=x.beton", "--lossless"]))
     picture = build_beton.Picture(str(folder), "x.jpg", 0, -1, 0)
     result = build_beton.encode_sample(settings, picture)
     outcomes.append("bad picture" if isinstance(result, str) else "good picture")
-    if outcomes[1] == "good picture" and result[3]:  # kept
+    if outcomes[-1] == "good picture" and result.how.startswith("kept"):
         expected = np.asarray(turbojpeg.decompress(jpeg, raise_on_warnings=True))
-        assert np.array_equal(turbojpeg.decompress(result[0]), expected)
+        assert np.array_equal(turbojpeg.decompress(result.data), expected)
     path = folder / "x.beton"
-    write_beton(path, [(0, *Image.open(io.BytesIO(data)).size, data) for _, data in kinds[:5]])
+    items = [(0, *Image.open(io.BytesIO(data)).size, data) for _, data in kinds[:5]]
+    write_beton(path, [(*item[:3], essl_loader.add_index(item[3], *item[1:3])[0]) for item in items])
     path.write_bytes(damaged(rng, path.read_bytes()))
     try:
         list(ESSLLoader(path, 4, train=False, res=48))
@@ -836,23 +922,24 @@ def fuzz(number, folder):
     return outcomes
 
 
-@pytest.mark.parametrize("options", [{}, dict(restart_marker_blocks=1)])
-def test_loader_refuses_what_libjpeg_turbo_refuses(options):
-    """A flipped bit in a JPEG's data, with and without markers, the whole picture read."""
+@pytest.mark.parametrize("has_index", [False, True])
+def test_loader_refuses_what_libjpeg_turbo_refuses(has_index):
+    """A flipped bit in a JPEG's data, with and without an index, the whole picture read."""
     rng = np.random.default_rng(0)
-    jpeg = jpeg_of(draw(rng, 90, 70), **options)
+    jpeg = jpeg_of(draw(rng, 90, 70))
+    index = essl_loader.add_index(jpeg, 90, 70)[0][len(jpeg):] if has_index else b""
     start = jpeg.index(b"\xff\xda") + 14
     refused = 0
     for _ in range(200):
         data = bytearray(jpeg)
         data[rng.integers(start, len(data) - 2)] ^= 1 << int(rng.integers(8))
+        code, _ = guarded_crop(bytes(data) + index, 90, 70, (0, 0, 90, 70))
         try:
             turbojpeg.decompress(bytes(data), raise_on_warnings=True)
-            expected = essl_loader.OK
+            assert code == essl_loader.OK or has_index  # the index sees more
         except RuntimeError:
-            expected = essl_loader.BROKEN
+            assert code == essl_loader.BROKEN
             refused += 1
-        assert guarded_crop(bytes(data), 90, 70, (0, 0, 90, 70)) == expected
     assert 10 < refused < 190
     frame = jpeg.index(b"\xff\xc0")
     for at, value in ((frame + 12, 17), (start - 3, 1), (start - 1, 1)):  # a table, which bits
@@ -860,7 +947,8 @@ def test_loader_refuses_what_libjpeg_turbo_refuses(options):
         data[at] = value
         with pytest.raises(RuntimeError):
             turbojpeg.decompress(bytes(data), raise_on_warnings=True)
-        assert guarded_crop(bytes(data), 90, 70, (0, 0, 90, 70)) == essl_loader.BROKEN
+        code, _ = guarded_crop(bytes(data) + index, 90, 70, (0, 0, 90, 70))
+        assert code == essl_loader.BROKEN
 
 
 @pytest.mark.parametrize("count", [30, soak(3000)])
@@ -870,7 +958,8 @@ def test_damaged_bytes_are_refused_named_or_right(tmp_path, count):
             f"    print(number, *tests.fuzz(number, tests.Path({str(tmp_path)!r})), flush=True)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
-    for kind in ("good crop", "bad crop", "good picture", "bad picture", "refused"):
+    for kind in ("good crop", "bad crop", "good sample", "bad sample", "good picture",
+                 "bad picture", "refused"):
         assert done.stdout.count(kind) > count / 50, kind
 
 
