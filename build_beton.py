@@ -403,7 +403,8 @@ def write_beton(out, pictures, classes, settings, args):
     counts = Counter()  # how many samples were kept, re-encoded, ...
     bad = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(out) as file:
+    add_index(compress(Image.new("RGB", (16, 16)), 95, "420"), 16, 16)  # loads its kernel: workers
+    with write_aside(out) as file:  # that are forked have it
         results = in_order(functools.partial(encode_sample, settings), pictures, args.num_workers)
         for picture, result in zip(pictures, results):
             if isinstance(result, str):

@@ -53,13 +53,14 @@ SAMPLE = np.dtype({  # image and label, aligned as a C compiler would
 # A JPEG of build_beton.py's with its index of entry points: | JPEG | entries | TRAILER |. FFCV and
 # libjpeg-turbo ignore what follows a JPEG's end. See "the index" below.
 TRAILER = np.dtype([
-    ("index_sum", "<u8"),  # checksum of the entries: each read compares it
+    ("checksum", "<u8"),  # of the JPEG's tables and the entries: each read compares it
     ("index_size", "<u4"),  # bytes of the entries; 0: there is no index
     ("crc32", "<u4"),  # of all that stands before it: build_beton.py --verify compares it
     ("format", "S8")])
 INDEX_FORMAT = b"ESSLIDX1"
 ESSL = 2  # version of what build_beton.py adds to the format
 TRAILER_SIZE = TRAILER.itemsize
+CHECKSUM_AT = TRAILER.fields["checksum"][1]
 INDEX_SIZE_AT = TRAILER.fields["index_size"][1]
 CRC32_AT = TRAILER.fields["crc32"][1]
 FORMAT_AT = TRAILER.fields["format"][1]
@@ -482,12 +483,13 @@ REASONS = {
 # together. QUANT, DC, AC: the table of each of three components. TABLES: a bit for each that was
 # defined.
 # MCUS_X, MCUS_Y: how many a row and a column of the picture have. UNIT_MCUS: those of a unit.
-(HEIGHT, WIDTH, COMPONENTS, H_SAMP, V_SAMP, MCUS_X, MCUS_Y, UNIT_MCUS, INTERVAL, SCAN,
- TABLES) = range(11)
-QUANT = 11
-DC = 14
-AC = 17
-INFO_SIZE = 20
+# CHECKSUM: of all segments that matter for the pixels.
+(HEIGHT, WIDTH, COMPONENTS, H_SAMP, V_SAMP, MCUS_X, MCUS_Y, UNIT_MCUS, INTERVAL, SCAN, TABLES,
+ CHECKSUM) = range(12)
+QUANT = 12
+DC = 15
+AC = 18
+INFO_SIZE = 21
 # Narrower units cost file size, wider ones time: of 500_95 these take 2.5 %, 3.0 % in 4:4:4
 UNIT_WIDTH = 3  # MCUs of 16 pixels
 UNIT_WIDTH_444 = 7  # MCUs of 8 pixels
@@ -581,6 +583,23 @@ def long_code(word, table):
 
 
 @njit
+def add_to_checksum(checksum, start, size):
+    """A checksum of 64 bits goes on over more bytes, eight at a time.
+
+    Each step is a bijection: a single word that differs always shows.
+    """
+    total = U(checksum)
+    tail = start + size // 8 * 8
+    for at in range(start, tail, 8):
+        total = (total ^ U(load_int64(at))) * U(0x9E3779B97F4A7C15)
+        total = total ^ (total >> U(32))
+    for at in range(tail, start + size):
+        total = (total ^ U(load_byte(at))) * U(0x9E3779B97F4A7C15)
+        total = total ^ (total >> U(32))
+    return np.int64(total)
+
+
+@njit
 def load_16(address):
     return load_byte(address) << 8 | load_byte(address + 1)
 
@@ -669,9 +688,12 @@ def parse_jpeg(source, size, info, tables, quants):
                     return False
                 if info[TABLES] & needed != needed:
                     return False
+            info[CHECKSUM] = add_to_checksum(info[CHECKSUM], at, end - at)
             return True
         elif not 0xFFE0 <= marker <= 0xFFFE or marker == 0xFFEE:  # comments do not matter
             return False  # FFEE: Adobe's, which may say that the components are RGB
+        if marker < 0xFFE0:
+            info[CHECKSUM] = add_to_checksum(info[CHECKSUM], at, end - at)
         at = end
     return False
 
@@ -1005,16 +1027,6 @@ def size_of_index(info):
     return 8 * (info[MCUS_Y] * units_of_row(info) + 1)
 
 
-@njit(cache=True)
-def sum_index(entries, size):
-    """A checksum of 64 bits. No single word can change it back: each step is a bijection."""
-    total = U(size)
-    for at in range(entries, entries + size, 8):
-        total = (total ^ U(load_int64(at))) * U(0x9E3779B97F4A7C15)
-        total = total ^ (total >> U(32))
-    return np.int64(total)
-
-
 @njit
 def find_index(address, size, info):
     """(address of the first entry, or 0 where there is no index; False if it is damaged)."""
@@ -1027,7 +1039,8 @@ def find_index(address, size, info):
     entries = trailer - index_size
     if index_size != size_of_index(info) or entries < info[SCAN]:
         return 0, False
-    return entries, sum_index(entries, index_size) == load_int64(trailer)
+    checksum = add_to_checksum(info[CHECKSUM], entries, index_size)
+    return entries, checksum == load_int64(trailer + CHECKSUM_AT)
 
 
 @njit
@@ -1204,9 +1217,9 @@ def place_in_file(start, clean_start, clean, end):
 
 @njit(nogil=True, cache=True)
 def index_jpeg(address, size, width, height, entries, scratch):
-    """Writes a JPEG's index to an address; its bytes, or 0 if decode_planes cannot read the JPEG.
+    """Writes a JPEG's entries to an address, and behind them their checksum.
 
-    Each unit is decoded, its coefficients thrown away, from where the last one ended: about 0.5 ms.
+    Returns the bytes of the entries, or 0 if decode_planes cannot read the JPEG. Each unit is decoded, its coefficients thrown away, from where the last one ended: about 0.5 ms.
     """
     info = int64s_at(scratch.info, (INFO_SIZE,))
     known = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
@@ -1245,7 +1258,11 @@ def index_jpeg(address, size, width, height, entries, scratch):
             if not decode_units(scratch.streams, scratch.zigzag, scratch.places):
                 return 0
             position = units[1, BIT_LAST // 8]
-    return size_of_index(info) if position > bit_high - 8 else 0
+    if position <= bit_high - 8:
+        return 0
+    size = size_of_index(info)
+    store_int64(entries + size, add_to_checksum(info[CHECKSUM], entries, size))
+    return size
 
 
 # --- kernels: antialiased resize. Reference: Pillow's resize of the crop, plane by plane
@@ -1624,15 +1641,15 @@ def add_index(jpeg: bytes, width: int, height: int) -> tuple[bytes, bool]:
     """
     bind()
     units = -(-width // (16 * UNIT_WIDTH)) * -(-height // 8)  # or fewer
-    entries = np.empty(units + 1, np.int64)
+    entries = np.zeros(units + 2, np.int64)
     stored = np.frombuffer(jpeg, np.uint8)
-    with kernel_cache(index_jpeg):
+    with kernel_cache(index_jpeg, COMPILING):
         memory, scratch = make_scratch(*np.array([[len(jpeg)], [width], [height]]), 1)
         index_size = index_jpeg(stored.ctypes.data, len(jpeg), width, height, entries.ctypes.data,
                                 scratch)
-        index_sum = sum_index(entries.ctypes.data, index_size)
     trailer = np.zeros((), TRAILER)
-    trailer["index_sum"] = index_sum % (1 << 64)
+    if index_size > 0:
+        trailer["checksum"] = entries[index_size // 8].view(np.uint64)
     trailer["index_size"] = index_size
     trailer["format"] = INDEX_FORMAT
     sample = jpeg + entries.tobytes()[:index_size] + trailer.tobytes()
