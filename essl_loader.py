@@ -700,42 +700,33 @@ def parse_jpeg(source, size, info, tables, quants):
 
 @njit
 def find_end(start, end):
-    """Address of the marker that ends the entropy-coded data at `start`; 0 if it is not EOI."""
+    """Where the entropy-coded data at `start` end: at EOI, or fill bytes before it; 0 if they do not.
+
+    Other markers, and fill bytes within the data, are for libjpeg-turbo.
+    """
     while start < end - 1:
         start = memchr(start, 0xFF, end - 1 - start)
         if start == 0:
             return 0
-        marker = load_byte(start + 1)
-        if marker == 0xD9:
-            return start
-        if marker == 0xFF:  # a fill byte
-            start += 1
-        elif marker == 0:  # the 0xFF belongs to the data
-            start += 2
-        else:
-            return 0
+        if load_byte(start + 1) != 0:  # else the 0xFF belongs to the data
+            at = start + 1
+            while at < end - 1 and load_byte(at) == 0xFF:
+                at += 1
+            return start if load_byte(at) == 0xD9 else 0
+        start += 2
     return 0
 
 
 @njit
 def unstuff(start, end, clean):
-    """Copies entropy-coded data without the zero that JPEG puts behind each 0xFF; the size.
-
-    Of 0xFF in a row all but the last are fill bytes.
-    """
+    """Copies entropy-coded data without the zero that JPEG puts behind each 0xFF; the size."""
     first = clean
     while start < end:
         found = memchr(start, 0xFF, end - start)
-        n = end - start if found == 0 else found - start
+        n = end - start if found == 0 else found - start + 1
         memcpy(clean, start, n)
         clean += n
-        start += n
-        while start < end and load_byte(start) == 0xFF:
-            start += 1
-        if start < end:
-            store_byte(clean, 0xFF)
-            clean += 1
-            start += 1
+        start += n + 1
     return clean - first
 
 
@@ -1209,10 +1200,7 @@ def place_in_file(start, clean_start, clean, end):
         if found == 0 or found - start >= clean - clean_start:
             return start + clean - clean_start
         clean_start += found - start + 1
-        start = found
-        while load_byte(start) == 0xFF:  # the last one belongs to the data
-            start += 1
-        start += 1
+        start = found + 2
 
 
 @njit(nogil=True, cache=True)
