@@ -15,6 +15,7 @@ import fcntl
 import functools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import queue
@@ -22,6 +23,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import weakref
 import zlib
 from collections import namedtuple
@@ -33,7 +35,8 @@ import llvmlite.ir as ir
 import numba
 import numpy as np
 import torch
-from numba import carray, njit, objmode, types
+from numba import carray, objmode, types
+from numba.core.caching import FunctionCache
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 from numba.np.unsafe.ndarray import to_fixed_tuple
@@ -93,6 +96,45 @@ def bind():
     return lib
 
 
+@functools.cache
+def say_uncached():
+    """Says once that there is no cache; worker processes and all ranks but 0 leave it to others."""
+    if multiprocessing.parent_process() is None and int(os.environ.get("RANK", 0)) == 0:
+        print("essl_loader: numba's cache cannot be read or written, so each process compiles the "
+              "kernels anew, about 20 s. Set NUMBA_CACHE_DIR to a folder that you can write to, "
+              "with 10 MB free.", file=sys.stderr, flush=True)
+
+
+class KernelCache(FunctionCache):
+    """numba's cache on disk. A full disk, or another user's file, costs time but ends nothing."""
+
+    def load_overload(self, *args):
+        try:
+            return super().load_overload(*args)
+        except OSError:
+            say_uncached()
+
+    def save_overload(self, *args):
+        try:
+            super().save_overload(*args)
+        except OSError:
+            say_uncached()
+
+
+def njit(function=None, cache=False, **options):
+    """numba.njit, whose cache=True raises at once where no folder for the cache can be written.
+
+    Read-only code and no home are such a case. Here the kernel then goes without a cache.
+    """
+    if function is None:
+        return functools.partial(njit, cache=cache, **options)
+    kernel = numba.njit(function, **options)
+    if cache:
+        with contextlib.suppress(RuntimeError):  # "no locator available for file ..."
+            kernel._cache = KernelCache(function)
+    return kernel
+
+
 @contextlib.contextmanager
 def kernel_cache(kernel, notice=""):
     """Holds a lock on numba's cache while `kernel` is called for the first time in this process.
@@ -103,6 +145,10 @@ def kernel_cache(kernel, notice=""):
     holds the version. `notice` goes to stderr if the kernel has to be compiled.
     """
     if kernel.signatures:
+        yield
+        return
+    if kernel.stats.cache_path is None:
+        say_uncached()
         yield
         return
     source = Path(__file__)
@@ -1560,6 +1606,20 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def end_with_parent():
+    """Called in a forked worker process: ends it within a second after its parent, even a killed
+    one. torch's workers alone see that it is gone, but then wait for ever for somebody to take
+    their results out of the pipe.
+    """
+    parent = multiprocessing.parent_process().pid
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
@@ -1922,6 +1982,12 @@ class ESSLLoader(EpochLoader):
 
 
 # --- loader over a folder of pictures
+def start_folder_worker(_):
+    """torchrun and Slurm signal worker processes too, but the loader ends them when it is left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
+
+
 @dataclass(eq=False, repr=False)
 class FolderLoader(EpochLoader):
     """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
@@ -1998,12 +2064,10 @@ class FolderLoader(EpochLoader):
             center_box(8, 8, self.crop_ratio)
             uniform(self.seed, 0, 0, 0)
         batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
-        # torchrun and Slurm signal worker processes too; the loader ends them when it is left
         for images, labels, errors in torch.utils.data.DataLoader(
                 self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
                 pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
-                generator=torch.Generator(),
-                worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)):
+                generator=torch.Generator(), worker_init_fn=start_folder_worker):
             if any(errors):
                 raise DataError(f"{max(errors)}. Remove it, or build a file without it: python "
                                 f"build_beton.py --skip-bad --data-dir {self.path} --out FILE.")

@@ -8,6 +8,7 @@ that need a GPU.
 import contextlib
 import copy
 import ctypes
+import fcntl
 import functools
 import gzip
 import io
@@ -425,6 +426,68 @@ def test_build_killed_leaves_nothing(folder, tmp_path, monkeypatch, who, number,
     assert not os.listdir(tmp_path) and not multiprocessing.active_children()
 
 
+KILLED_PARENT = """
+import os, signal, sys
+import build_beton, essl_loader
+
+def encode(settings, job):
+    if job.name.endswith("/30.png"):
+        os.kill(os.getppid(), signal.SIGKILL)
+    return bytes(100_000), 8, 8, False  # more than a pipe holds
+build_beton.encode_sample = encode
+
+def transform(picture):
+    os.kill(os.getppid(), signal.SIGKILL)
+    return picture
+if sys.argv[1] == "folder":
+    list(essl_loader.FolderLoader(sys.argv[2], 8, res=300, num_workers=2, transform=transform))
+build_beton.main(build_beton.get_args(sys.argv[1:]))
+"""
+
+
+def run_killed(*words):
+    """Runs KILLED_PARENT. Its workers hold its stdout: this returns when they have ended too."""
+    command = [sys.executable, "-c", KILLED_PARENT, *map(str, words)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_build_sigkill_leaves_nothing_for_long(folder, tmp_path):
+    """Workers of a builder that SIGKILL ended end too, though their results are not taken; the next
+    build removes its hidden file, but none of a living process, a locked one or another file's."""
+    words = ["--data-dir", folder / "train", "--out", tmp_path / "x.beton", "--num-workers", 2]
+    run_killed(*words)
+    left, = tmp_path.iterdir()
+    assert re.fullmatch(r"\.x\.beton\.tmp-[0-9]+", left.name)
+    dead = left.name.rpartition("-")[2]
+    stay = [f".x.beton.tmp-{os.getppid()}", f".y.beton.tmp-{dead}", f"x.beton.tmp-{dead}",
+            ".x.beton.tmp-", f".x.beton.tmp-0{dead}"]
+    for name in stay:
+        (tmp_path / name).write_bytes(b"")
+    with open(tmp_path / stay[-1]) as file:  # as if a build in another container wrote it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert f"removed: {left}" in built(*words)
+    assert set(stay) < set(os.listdir(tmp_path)) and not left.exists()
+    assert "removed" in built(*words)  # the one that is not locked any more
+    assert BetonReader(tmp_path / "x.beton").num_samples == 64
+
+
+def test_build_never_writes_into_a_living_builds_file(folder, tmp_path):
+    """Another container's build has the same process number: the second build is refused."""
+    tmp = tmp_path / f".x.beton.tmp-{os.getpid()}"
+    with open(tmp, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b"theirs")
+        file.flush()
+        assert tmp.name in built("--data-dir", folder / "val", "--out", tmp_path / "x.beton", code=1)
+        assert tmp.read_bytes() == b"theirs"
+
+
 def test_build_verify_finds_one_flipped_bit(folder, tmp_path):
     """--verify names the sample of any flipped bit; the reader refuses any in header and tables."""
     out = tmp_path / "x.beton"
@@ -611,6 +674,48 @@ def test_loader_closes_and_leaves_nothing(beton, count):
     for closed in (batches, iter(loader)):
         with pytest.raises(RuntimeError, match="closed"):
             next(closed)
+
+
+NO_CACHE = """
+import os, sys
+import essl_loader
+if sys.argv[2] == "an index that cannot be read":
+    for kernel in (essl_loader.random_box, essl_loader.center_box, essl_loader.uniform):
+        os.mkdir(kernel._cache._cache_file._index_path)
+for _ in range(2):
+    loader = essl_loader.FolderLoader(sys.argv[1], 8, res=32, num_workers=1)
+    print(sum(int(images.sum()) for images, _ in loader))
+"""
+
+
+@pytest.mark.parametrize("case", ["no folder", "an index that cannot be read"])
+def test_loader_kernels_without_a_cache(folder, tmp_path, case):
+    """Read-only code without a home, a cache of another user's: the same bytes, and one line that
+    names NUMBA_CACHE_DIR. The builder needs no kernel and says nothing."""
+    for name in ("essl_loader.py", "build_beton.py"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "__pycache__").write_bytes(b"")  # root, too, can make no folder of this name
+    env = {**os.environ, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "NUMBA_CACHE_DIR": ""}
+    if case != "no folder":
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+
+    def run_there(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done
+    done = run_there("-c", NO_CACHE, folder / "val", case)
+    assert done.stderr.count("NUMBA_CACHE_DIR") == 1 and done.stderr.count("\n") == 1, done.stderr
+    loader = FolderLoader(folder / "val", 8, res=32, num_workers=1)
+    expected = sum(int(images.sum()) for images, _ in loader)
+    assert done.stdout.split() == [str(expected)] * 2
+    built = run_there("build_beton.py", "--data-dir", folder / "val", "--out", "x.beton")
+    assert not built.stderr and (tmp_path / "x.beton").exists()
+
+
+def test_loader_folder_workers_end_with_a_killed_parent(folder):
+    """SIGKILL of the process that reads a folder ends its workers too."""
+    run_killed("folder", folder / "train")
 
 
 def test_loader_leaves_out_what_verify_excludes(beton, tmp_path):
