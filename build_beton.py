@@ -398,8 +398,11 @@ def write_beton(out, pictures, classes, settings, args):
                 kept += is_kept
                 n += 1
         if bad and not (args.skip_bad and n):
+            remedy = "repair or remove them"
+            if len(bad) < len(pictures):
+                remedy += ", or use --skip-bad"
             raise ValueError(f"{len(bad):,} of {len(pictures):,} pictures are bad, see above. "
-                             f"{out} was not written: repair or remove them, or use --skip-bad.")
+                             f"{out} was not written: {remedy}.")
         header = np.array((2, 2, page, n, end), HEADER)
         checksum = tables_checksum(header, settings, samples[:n], alloc[:n])
         settings = settings | {"checksum": checksum}

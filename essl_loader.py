@@ -20,6 +20,7 @@ import operator
 import os
 import queue
 import random
+import shlex
 import signal
 import sys
 import threading
@@ -1473,8 +1474,11 @@ class BetonReader:
         bind()
         self.path = Path(path)
         if not self.path.is_file():
+            if self.path.suffix != ".beton":
+                raise DataError(f"{path}: neither a .beton file nor a folder of pictures is there.")
             raise DataError(f"{path}: no such file. Build it: `python build_beton.py --data-dir "
-                            f"PICTURES --out {path}`, or a small one: `build_beton.py --demo`.")
+                            f"PICTURES --out {shlex.quote(str(path))}`, or draw a small one, "
+                            "data/demo_train.beton: `python build_beton.py --demo`.")
         self.file = open(self.path, "rb", buffering=0)
         self.size = os.fstat(self.file.fileno()).st_size
         self._read_tables()
@@ -1487,8 +1491,8 @@ class BetonReader:
     def sample_error(self, i, reason):
         """A DataError for sample i that says how to go on without it."""
         return DataError(f"{self.path}: sample {i}: {reason}. `python build_beton.py --verify "
-                         f"{self.path} --exclude-bad` records every damaged sample, so that "
-                         "loaders leave it out.")
+                         f"{shlex.quote(str(self.path))} --exclude-bad` records every damaged "
+                         "sample, so that loaders leave it out.")
 
     def _bytes(self, size, offset):
         """`size` bytes at an offset, less where the file ends: one read may return a part only."""
@@ -1685,10 +1689,16 @@ class EpochLoader(contextlib.AbstractContextManager):
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.set_stage()
         self.set_epoch(0)
+        if self.num_samples == 0:
+            raise DataError(f"{self.path}: all its samples are excluded as damaged. Build it "
+                            "again.")
         if len(self) == 0:
+            remedy = f"Take at most {self.num_samples} rank(s), or more pictures."
+            if self.num_samples >= self.world_size:
+                remedy = (f"Take a batch of at most {self.num_samples // self.world_size}, or "
+                          "drop_last=False.")
             raise DataError(f"{self.path}: {self.num_samples} samples on {self.world_size} rank(s) "
-                            f"do not fill one batch of {self.batch_size}. Take a smaller batch or "
-                            "drop_last=False.")
+                            f"do not fill one batch of {self.batch_size} on each. {remedy}")
 
     def set_stage(self, res: int | None = None, scale: tuple[float, float] | None = None):
         """Output side in pixels and crop area from the next epoch on; None keeps what is."""
@@ -2069,8 +2079,9 @@ class FolderLoader(EpochLoader):
                 pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
                 generator=torch.Generator(), worker_init_fn=start_folder_worker):
             if any(errors):
-                raise DataError(f"{max(errors)}. Remove it, or build a file without it: python "
-                                f"build_beton.py --skip-bad --data-dir {self.path} --out FILE.")
+                raise DataError(f"{max(errors)}. Remove it, or build a file without it: `python "
+                                "build_beton.py --skip-bad --data-dir "
+                                f"{shlex.quote(str(self.path))} --out FILE.beton`.")
             images = images.permute(1, 0, 4, 2, 3)  # (views, B, 3, res, res)
             yield images if self.views > 1 else images[0], labels
 
@@ -2086,14 +2097,21 @@ def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1):
             return
     if int(os.environ.get("RANK", 0)) > 0:
         raise SystemExit(1)  # rank 0 says it
-    batch = min(batch_size, total_batch // world_size, num_samples // world_size)
+    if num_samples < multiple:
+        raise DataError(f"{num_samples} picture(s) are too few: a batch needs {multiple}. Give "
+                        "more pictures.")
+    world = min(world_size, num_samples // multiple)
+    processes = ""
+    if world < world_size:
+        processes = f"{world} process(es) in all, as by torchrun --nproc_per_node {world}, with "
+    batch = min(batch_size, total_batch // world, num_samples // world)
     batch = max(1, batch // multiple) * multiple
-    total = max(1, min(total_batch, num_samples) // (batch * world_size)) * batch * world_size
+    total = max(1, min(total_batch, num_samples) // (batch * world)) * batch * world
     raise DataError(
         f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
         f"{world_size} process(es), and at most {num_samples:,}, the number of pictures (x "
-        f"--repeat); --batch-size a multiple of {multiple}. This works: --total-batch {total} "
-        f"--batch-size {batch}")
+        f"--repeat); --batch-size a multiple of {multiple}. This works: {processes}--total-batch "
+        f"{total} --batch-size {batch}")
 
 
 def check_classes(train, val):
