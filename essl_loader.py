@@ -2087,31 +2087,33 @@ class FolderLoader(EpochLoader):
 
 
 # --- what a run checks before it begins
-def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1):
+def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1, least=1):
     """Raises DataError, with flags that work, where steps are not whole batches of each rank.
 
-    num_samples: how often pictures are used in an epoch. batch_size: a multiple of `multiple`.
+    num_samples: how often pictures are used in an epoch. batch_size: a multiple of `multiple`, and
+    at least `least` (2 where a BatchNorm is trained).
     """
-    if min(total_batch, batch_size) > 0 and batch_size % multiple == 0:
+    if min(total_batch, batch_size) > 0 and batch_size % multiple == 0 and batch_size >= least:
         if total_batch % (batch_size * world_size) == 0 and total_batch <= num_samples:
             return
     if int(os.environ.get("RANK", 0)) > 0:
         raise SystemExit(1)  # rank 0 says it
-    if num_samples < multiple:
-        raise DataError(f"{num_samples} picture(s) are too few: a batch needs {multiple}. Give "
+    smallest = math.ceil(least / multiple) * multiple  # batch
+    if num_samples < smallest:
+        raise DataError(f"{num_samples} picture(s) are too few: a batch needs {smallest}. Give "
                         "more pictures.")
-    world = min(world_size, num_samples // multiple)
+    world = min(world_size, num_samples // smallest)
     processes = ""
     if world < world_size:
         processes = f"{world} process(es) in all, as by torchrun --nproc_per_node {world}, with "
     batch = min(batch_size, total_batch // world, num_samples // world)
-    batch = max(1, batch // multiple) * multiple
+    batch = max(smallest, batch // multiple * multiple)
     total = max(1, min(total_batch, num_samples) // (batch * world)) * batch * world
     raise DataError(
         f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
         f"{world_size} process(es), and at most {num_samples:,}, the number of pictures (x "
-        f"--repeat); --batch-size a multiple of {multiple}. This works: {processes}--total-batch "
-        f"{total} --batch-size {batch}")
+        f"--repeat); --batch-size a multiple of {multiple}, at least {least}. This works: "
+        f"{processes}--total-batch {total} --batch-size {batch}")
 
 
 def check_classes(train, val):

@@ -182,7 +182,7 @@ def main(args):
                   world_size=world, device=device)
     with open_loader(args.data, 1) as loader:
         if not args.knn:
-            check_batches(loader.num_samples, args.total_batch, args.batch_size, world)
+            check_batches(loader.num_samples, args.total_batch, args.batch_size, world, least=2)
     stored = args.cached or args.knn
     loader = open_loader(args.data, args.batch_size, train=not stored, scale=(0.08, 1.0),
                          order=args.order, **shared)

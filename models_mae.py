@@ -373,8 +373,8 @@ def read_file(path):
                            "model.state_dict()}, FILE).")
     if "weights_only" in reason:  # torch's advice, to read the file without any safety
         reason = "it holds what torch.save does not write"
-    raise WeightsError(f"{path} cannot be read as a checkpoint ({reason.splitlines()[0]}): copy it "
-                       "again, or give another file.")
+    raise WeightsError(f"{path} is cut short, damaged or no checkpoint ({reason.splitlines()[0]}): "
+                       "copy it again, or give another file.")
 
 
 def check_finite(weights, path):
@@ -489,7 +489,7 @@ def strip_prefix(weights, path, ending):
                            "weights of the one to take in a file of its own.")
     if not prefixes:
         raise WeightsError(f"{path} holds no encoder: no {PATCHES} among its {len(weights)} "
-                           f"tensors ({', '.join(list(weights)[:4])}...).")
+                           f"tensors {', '.join(list(weights)[:4])}. Give another file.")
     prefix = prefixes[0]
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items()
             if name.startswith(prefix)}

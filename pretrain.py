@@ -277,11 +277,12 @@ def main(args):
     with open_loader(args.data, 1) as loader:  # to know how many pictures there are
         indices = loader.indices
         num_pictures = loader.num_samples  # without those that are excluded
+        has_probe = args.probe != "off" and loader.labels.min() < loader.labels.max()
     if args.benchmark:  # few pictures will do: they are read again and again
         indices = indices.repeat(-(-args.batch_size * world // len(indices)))
     else:
         check_batches(num_pictures * args.repeat, args.total_batch, args.batch_size, world,
-                      args.repeat)
+                      args.repeat, least=2 if has_probe else 1)
     shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world,
                   device=device, res=args.input_size)
     loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],

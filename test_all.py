@@ -1876,20 +1876,30 @@ def test_scripts_propose_batches_that_work():
     """Whatever check_batches proposes, it takes, for few pictures and many processes too."""
     rng = np.random.default_rng(0)
     for _ in range(3000):
-        low, high = (1, 0, 0, 1, 1), (40, 50, 20, 9, 5)
-        n, total, batch, world, multiple = rng.integers(low, high).tolist()
+        low, high = (1, 0, 0, 1, 1, 1), (40, 50, 20, 9, 5, 4)
+        n, total, batch, world, multiple, least = rng.integers(low, high).tolist()
         try:
-            check_batches(n, total, batch, world, multiple)
+            check_batches(n, total, batch, world, multiple, least)
         except DataError as error:
             message = str(error)
             if "too few" in message:
-                assert n < multiple
+                assert not any(size % multiple == 0 for size in range(least, n + 1))
                 continue
             found = re.search("This works: (?:.*nproc_per_node ([0-9]+), with )?"
                               "--total-batch ([0-9]+) --batch-size ([0-9]+)$", message)
             fewer, total, batch = (found[i] and int(found[i]) for i in (1, 2, 3))
             assert fewer is None or fewer < world
-            check_batches(n, total, batch, fewer or world, multiple)
+            check_batches(n, total, batch, fewer or world, multiple, least)
+            assert batch >= least
+
+
+@pytest.mark.parametrize("script", [pretrain, linprobe])
+def test_scripts_propose_batches_that_a_batchnorm_takes(folder, mae, tmp_path, script):
+    """A batch of one picture has no variance: two are proposed, and they train."""
+    words = flags(script, folder, tmp_path, "--epochs", 1)
+    with pytest.raises(DataError, match="This works: --total-batch 2 --batch-size 2"):
+        train(script, *words, "--total-batch", 3, "--batch-size", 1)
+    assert train(script, *words, "--total-batch", 2, "--batch-size", 2) == 0
 
 
 # --- finetune
