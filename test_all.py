@@ -19,6 +19,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -1294,6 +1295,16 @@ def test_models_read_checkpoints_as_they_come(mae, tmp_path, kind):
     assert settings == {k: mae.settings[k] for k in settings} and settings["depth"] == 2
 
 
+def test_models_read_numbers_of_numpy_1(mae, tmp_path):
+    """NumPy 1 wrote another module's name into the file."""
+    torch.save({"model": mae.state_dict(), "best": np.float64(1)}, tmp_path / "x.pth",
+               _use_new_zipfile_serialization=False)
+    data = (tmp_path / "x.pth").read_bytes()
+    assert data.count(b"numpy._core.multiarray") == 1
+    (tmp_path / "x.pth").write_bytes(data.replace(b"numpy._core.", b"numpy.core."))
+    check_same_model(load_mae(tmp_path / "x.pth", num_heads=4), mae)
+
+
 def test_models_say_which_of_several_weights_they_take(mae, tmp_path):
     """Of two containers one is taken, with a warning; of two encoders none, and both are named."""
     weights = mae.state_dict()
@@ -1425,6 +1436,7 @@ NOT_WEIGHTS = {  # what lies under the name: a function of the weights, and a wo
     "error": (lambda w: b"<?xml version='1.0'?><Code>AccessDenied</Code>", "download"),
     "empty": (lambda w: b"", "again"), "text": (lambda w: b"epoch 1, loss 0.3", "Copy it again"),
     "zeros": (lambda w: bytes(5000), "Copy it again"),
+    "pickle": (lambda w: pickle.dumps({"epoch": 3}), "another file"),
     "module": (lambda w: Net(2, 2), "state_dict"), "list": (lambda w: [torch.ones(2)], "dict"),
     "script": (lambda w: torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), "torch.jit.load"),
     "run": (lambda w: {"head": prefixed(w, "1."), "model": {"depth": 2}}, "no encoder"),
