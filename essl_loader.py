@@ -132,7 +132,7 @@ def njit(function=None, cache=False, **options):
     kernel = numba.njit(function, **options)
     if cache:
         with contextlib.suppress(RuntimeError):  # "no locator available for file ..."
-            kernel._cache = KernelCache(function)
+            kernel._cache = KernelCache(function)  # as numba's own cache=True does
     return kernel
 
 

@@ -7,7 +7,7 @@
 MAE (He et al., arXiv 2111.06377) with the official names, so that official checkpoints load both
 ways. Needs torch and timm. Shapes: B images, L patches, K kept, D width, P = p * p * 3 pixel values
 of a patch. Last line: `encoder.pt: 150 tensors, for timm.create_model(..., global_pool='token')`,
-or `vit_mae: 292 tensors, for transformers.ViTMAEForPreTraining.from_pretrained('vit_mae')`.
+or `vit_mae: 334 tensors, for transformers.ViTMAEForPreTraining.from_pretrained('vit_mae')`.
 """
 import argparse
 import json
@@ -471,6 +471,7 @@ def hf_settings(file, width, depth):
     return settings
 
 
+CONTAINERS = ("model", "state_dict", "teacher", "model_ema")  # MAE, MoCo and timm, DINO, DeiT
 WRAPPERS = r"((module|backbone|encoder|base_encoder)\.)*"  # DDP, DINO, SimMIM, MoCo v3
 PATCHES = "patch_embed.proj.weight"
 
@@ -497,9 +498,6 @@ def strip_prefix(weights, path, ending):
 
 def holds_tensors(value):
     return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
-
-
-CONTAINERS = ("model", "state_dict", "teacher", "model_ema")  # MAE, MoCo and timm, DINO, DeiT
 
 
 def read_weights(path):
