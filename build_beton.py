@@ -14,6 +14,7 @@ x.beton: 320 images, 5 classes, 23.8 MB, 320 re-encoded, 0 left out, 1.2 s (259 
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import functools
 import glob
 import io
@@ -35,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from essl_loader import (ALLOC, ESSL, FIELD, HEADER, OK, SAMPLE, BetonReader, add_index, bind,
-                         decode_jpeg, is_intact, remove_index, tables_checksum,
+                         decode_jpeg, end_with_parent, is_intact, remove_index, tables_checksum,
                          usable_cores)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -374,24 +375,50 @@ def in_order(work, jobs, num_workers):
     """Yields work(job) for every job, in order, from worker processes. RuntimeError if one dies."""
     workers = min(num_workers or usable_cores(), len(jobs))
     loader = DataLoader(jobs, 16, num_workers=workers, multiprocessing_context="fork",
-                        collate_fn=lambda batch: [work(job) for job in batch])
+                        collate_fn=lambda batch: [work(job) for job in batch],
+                        worker_init_fn=lambda _: end_with_parent())
     for results in tqdm(loader, unit=" images", unit_scale=16, disable=None):  # on a terminal
         yield from results
 
 
 # --- file
+def remove_leftovers(path):
+    """Removes what killed builds of `path` left: up to 95 GB in a hidden file.
+
+    A file whose process lives stays. So does a locked one: another container, which numbers its
+    processes anew, may be writing it.
+    """
+    for left in path.parent.iterdir():
+        match = re.fullmatch(re.escape(f".{path.name}.tmp-") + "([0-9]+)", left.name)
+        if not match:
+            continue
+        pid = match[1]
+        if pid != str(os.getpid()) and Path("/proc", pid).exists():
+            continue
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is locked
+            left.unlink()
+            print(f"removed: {left}, which a killed build left", flush=True)
+
+
 @contextlib.contextmanager
 def write_aside(path):
-    """A file that takes its name only when it is complete and on the disk, else leaves nothing."""
+    """A file that takes its name only when it is complete and on the disk, else leaves nothing.
+
+    A process that is killed does leave it, under a hidden name; the next build removes that.
+    """
+    remove_leftovers(path)
     tmp_path = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(tmp_path, "wb") as file:
+    with open(tmp_path, "xb") as file:
+        try:
+            with contextlib.suppress(OSError):  # a network's file system may have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(tmp_path, path)
-    finally:
-        tmp_path.unlink(missing_ok=True)
+            os.replace(tmp_path, path)
+        finally:
+            tmp_path.unlink(missing_ok=True)
 
 
 def write_beton(out, pictures, classes, settings, args):
@@ -426,8 +453,11 @@ def write_beton(out, pictures, classes, settings, args):
                 counts[result.how] += 1
                 n += 1
         if bad and not (args.skip_bad and n):
+            remedy = "repair or remove them"
+            if len(bad) < len(pictures):
+                remedy += ", or use --skip-bad"
             raise ValueError(f"{len(bad):,} of {len(pictures):,} pictures are bad, see above. "
-                             f"{out} was not written: repair or remove them, or use --skip-bad.")
+                             f"{out} was not written: {remedy}.")
         header = np.array((2, 2, page, n, end), HEADER)
         checksum = tables_checksum(header, settings, samples[:n], alloc[:n])
         settings = settings | {"checksum": checksum}

@@ -15,13 +15,16 @@ import fcntl
 import functools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import queue
 import random
+import shlex
 import signal
 import sys
 import threading
+import time
 import weakref
 import zlib
 from collections import namedtuple
@@ -33,7 +36,8 @@ import llvmlite.ir as ir
 import numba
 import numpy as np
 import torch
-from numba import carray, njit, objmode, types
+from numba import carray, objmode, types
+from numba.core.caching import FunctionCache
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 from numba.np.unsafe.ndarray import to_fixed_tuple
@@ -108,6 +112,45 @@ def bind():
     return lib
 
 
+@functools.cache
+def say_uncached():
+    """Says once that there is no cache; worker processes and all ranks but 0 leave it to others."""
+    if multiprocessing.parent_process() is None and int(os.environ.get("RANK", 0)) == 0:
+        print("essl_loader: numba's cache cannot be read or written, so each process compiles the "
+              "kernels anew, about 20 s. Set NUMBA_CACHE_DIR to a folder that you can write to, "
+              "with 10 MB free.", file=sys.stderr, flush=True)
+
+
+class KernelCache(FunctionCache):
+    """numba's cache on disk. A full disk, or another user's file, costs time but ends nothing."""
+
+    def load_overload(self, *args):
+        try:
+            return super().load_overload(*args)
+        except OSError:
+            say_uncached()
+
+    def save_overload(self, *args):
+        try:
+            super().save_overload(*args)
+        except OSError:
+            say_uncached()
+
+
+def njit(function=None, cache=False, **options):
+    """numba.njit, whose cache=True raises at once where no folder for the cache can be written.
+
+    Read-only code and no home are such a case. Here the kernel then goes without a cache.
+    """
+    if function is None:
+        return functools.partial(njit, cache=cache, **options)
+    kernel = numba.njit(function, **options)
+    if cache:
+        with contextlib.suppress(RuntimeError):  # "no locator available for file ..."
+            kernel._cache = KernelCache(function)  # as numba's own cache=True does
+    return kernel
+
+
 @contextlib.contextmanager
 def kernel_cache(kernel, notice=""):
     """Holds a lock on numba's cache while `kernel` is called for the first time in this process.
@@ -118,6 +161,10 @@ def kernel_cache(kernel, notice=""):
     holds the version. `notice` goes to stderr if the kernel has to be compiled.
     """
     if kernel.signatures:
+        yield
+        return
+    if kernel.stats.cache_path is None:
+        say_uncached()
         yield
         return
     source = Path(__file__)
@@ -1681,8 +1728,11 @@ class BetonReader:
         bind()
         self.path = Path(path)
         if not self.path.is_file():
+            if self.path.suffix != ".beton":
+                raise DataError(f"{path}: neither a .beton file nor a folder of pictures is there.")
             raise DataError(f"{path}: no such file. Build it: `python build_beton.py --data-dir "
-                            f"PICTURES --out {path}`, or a small one: `build_beton.py --demo`.")
+                            f"PICTURES --out {shlex.quote(str(path))}`, or draw a small one, "
+                            "data/demo_train.beton: `python build_beton.py --demo`.")
         self.file = open(self.path, "rb", buffering=0)
         self.size = os.fstat(self.file.fileno()).st_size
         self._read_tables()
@@ -1695,8 +1745,8 @@ class BetonReader:
     def sample_error(self, i, reason):
         """A DataError for sample i that says how to go on without it."""
         return DataError(f"{self.path}: sample {i}: {reason}. `python build_beton.py --verify "
-                         f"{self.path} --exclude-bad` records every damaged sample, so that "
-                         "loaders leave it out.")
+                         f"{shlex.quote(str(self.path))} --exclude-bad` records every damaged "
+                         "sample, so that loaders leave it out.")
 
     def _bytes(self, size, offset):
         """`size` bytes at an offset, less where the file ends: one read may return a part only."""
@@ -1813,6 +1863,20 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def end_with_parent():
+    """Called in a forked worker process: ends it within a second after its parent, even a killed
+    one. torch's workers alone see that it is gone, but then wait for ever for somebody to take
+    their results out of the pipe.
+    """
+    parent = multiprocessing.parent_process().pid
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
@@ -1878,10 +1942,16 @@ class EpochLoader(contextlib.AbstractContextManager):
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.set_stage()
         self.set_epoch(0)
+        if self.num_samples == 0:
+            raise DataError(f"{self.path}: all its samples are excluded as damaged. Build it "
+                            "again.")
         if len(self) == 0:
+            remedy = f"Take at most {self.num_samples} rank(s), or more pictures."
+            if self.num_samples >= self.world_size:
+                remedy = (f"Take a batch of at most {self.num_samples // self.world_size}, or "
+                          "drop_last=False.")
             raise DataError(f"{self.path}: {self.num_samples} samples on {self.world_size} rank(s) "
-                            f"do not fill one batch of {self.batch_size}. Take a smaller batch or "
-                            "drop_last=False.")
+                            f"do not fill one batch of {self.batch_size} on each. {remedy}")
 
     def set_stage(self, res: int | None = None, scale: tuple[float, float] | None = None):
         """Output side in pixels and crop area from the next epoch on; None keeps what is."""
@@ -2175,6 +2245,12 @@ class ESSLLoader(EpochLoader):
 
 
 # --- loader over a folder of pictures
+def start_folder_worker(_):
+    """torchrun and Slurm signal worker processes too, but the loader ends them when it is left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
+
+
 @dataclass(eq=False, repr=False)
 class FolderLoader(EpochLoader):
     """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
@@ -2251,38 +2327,46 @@ class FolderLoader(EpochLoader):
             center_box(8, 8, self.crop_ratio)
             uniform(self.seed, 0, 0, 0)
         batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
-        # torchrun and Slurm signal worker processes too; the loader ends them when it is left
         for images, labels, errors in torch.utils.data.DataLoader(
                 self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
                 pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
-                generator=torch.Generator(),
-                worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)):
+                generator=torch.Generator(), worker_init_fn=start_folder_worker):
             if any(errors):
-                raise DataError(f"{max(errors)}. Remove it, or build a file without it: python "
-                                f"build_beton.py --skip-bad --data-dir {self.path} --out FILE.")
+                raise DataError(f"{max(errors)}. Remove it, or build a file without it: `python "
+                                "build_beton.py --skip-bad --data-dir "
+                                f"{shlex.quote(str(self.path))} --out FILE.beton`.")
             images = images.permute(1, 0, 4, 2, 3)  # (views, B, 3, res, res)
             yield images if self.views > 1 else images[0], labels
 
 
 # --- what a run checks before it begins
-def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1):
+def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1, least=1):
     """Raises DataError, with flags that work, where steps are not whole batches of each rank.
 
-    num_samples: how often pictures are used in an epoch. batch_size: a multiple of `multiple`.
+    num_samples: how often pictures are used in an epoch. batch_size: a multiple of `multiple`, and
+    at least `least` (2 where a BatchNorm is trained).
     """
-    if min(total_batch, batch_size) > 0 and batch_size % multiple == 0:
+    if min(total_batch, batch_size) > 0 and batch_size % multiple == 0 and batch_size >= least:
         if total_batch % (batch_size * world_size) == 0 and total_batch <= num_samples:
             return
     if int(os.environ.get("RANK", 0)) > 0:
         raise SystemExit(1)  # rank 0 says it
-    batch = min(batch_size, total_batch // world_size, num_samples // world_size)
-    batch = max(1, batch // multiple) * multiple
-    total = max(1, min(total_batch, num_samples) // (batch * world_size)) * batch * world_size
+    smallest = math.ceil(least / multiple) * multiple  # batch
+    if num_samples < smallest:
+        raise DataError(f"{num_samples} picture(s) are too few: a batch needs {smallest}. Give "
+                        "more pictures.")
+    world = min(world_size, num_samples // smallest)
+    processes = ""
+    if world < world_size:
+        processes = f"{world} process(es) in all, as by torchrun --nproc_per_node {world}, with "
+    batch = min(batch_size, total_batch // world, num_samples // world)
+    batch = max(smallest, batch // multiple * multiple)
+    total = max(1, min(total_batch, num_samples) // (batch * world)) * batch * world
     raise DataError(
         f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
         f"{world_size} process(es), and at most {num_samples:,}, the number of pictures (x "
-        f"--repeat); --batch-size a multiple of {multiple}. This works: --total-batch {total} "
-        f"--batch-size {batch}")
+        f"--repeat); --batch-size a multiple of {multiple}, at least {least}. This works: "
+        f"{processes}--total-batch {total} --batch-size {batch}")
 
 
 def check_classes(train, val):

@@ -47,7 +47,7 @@ def get_args(argv):
     both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
     add = p.add_argument
-    add("--finetune", help="start from: ours, official MAE's, timm's; none: random weights")
+    add("--finetune", help="weights: ours, official MAE's, timm's, Hugging Face's; none: random")
     add("--eval", action="store_true", help="only evaluate --resume CHECKPOINT on each --val-data")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or class folders")
     add("--val-data", nargs="+", default=["data/val_500_100.beton"], help="held-out set or sets")

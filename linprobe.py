@@ -38,7 +38,7 @@ def get_args(argv):
     both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
     add = p.add_argument
-    add("--checkpoint", required=True, help="ours, official MAE's, timm's; none: random")
+    add("--checkpoint", required=True, help="ours, MAE's, timm's, Hugging Face's; none: random")
     add("--pool", default="cls", choices=("cls", "mean"), help="class token or mean of patches")
     add("--knn", action="store_true", help="k-nearest neighbours instead of a linear probe")
     add("--cached", action="store_true", help="train on features of centre crops, kept in memory")
@@ -182,7 +182,7 @@ def main(args):
                   world_size=world, device=device)
     with open_loader(args.data, 1) as loader:
         if not args.knn:
-            check_batches(loader.num_samples, args.total_batch, args.batch_size, world)
+            check_batches(loader.num_samples, args.total_batch, args.batch_size, world, least=2)
     stored = args.cached or args.knn
     loader = open_loader(args.data, args.batch_size, train=not stored, scale=(0.08, 1.0),
                          order=args.order, **shared)

@@ -1,18 +1,26 @@
 """The masked autoencoder, the ViT it becomes, and their weights.
 
-    mae = models_mae.load_mae("runs/pretrain/last.pt")  # ours or an official MAE checkpoint
+    mae = models_mae.load_mae("runs/pretrain/last.pt")  # ours, official MAE's or Hugging Face's
     python models_mae.py --export-timm runs/pretrain/last.pt encoder.pt --num-classes 0
+    python models_mae.py --export-hf runs/pretrain/last.pt vit_mae  # a folder for from_pretrained
 
 MAE (He et al., arXiv 2111.06377) with the official names, so that official checkpoints load both
 ways. Needs torch and timm. Shapes: B images, L patches, K kept, D width, P = p * p * 3 pixel values
-of a patch. Last line: `encoder.pt: 150 tensors, for timm.create_model(..., global_pool='token')`
+of a patch. Last line: `encoder.pt: 150 tensors, for timm.create_model(..., global_pool='token')`,
+or `vit_mae: 334 tensors, for transformers.ViTMAEForPreTraining.from_pretrained('vit_mae')`.
 """
 import argparse
+import json
 import math
+import os
+import re
+import shutil
 import warnings
 from functools import partial
+from pathlib import Path
 
-import safetensors.torch  # timm brings it
+import numpy as np  # timm brings it, and safetensors
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -319,36 +327,230 @@ class ViT(VisionTransformer):
 
 
 # --- weights in and out
+def safe_classes():
+    """What checkpoints may hold beside tensors: a command line's Namespace, NumPy's numbers."""
+    scalar = np.float64(0).__reduce__()[0]  # the function that pickle rebuilds them with
+    codes = np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"
+    dtypes = {type(np.dtype(code)) for code in codes}
+    return [argparse.Namespace, (scalar, "numpy.core.multiarray.scalar"),  # NumPy 1 and 2
+            (scalar, "numpy._core.multiarray.scalar"), np.dtype, *dtypes]
+
+
+def read_file(path):
+    """What torch.save or safetensors wrote. Raises WeightsError that says what the file is."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as e:
+        raise WeightsError(f"{path} cannot be read: {e.strerror}.") from None
+    if not head:
+        raise WeightsError(f"{path} is empty: copy or download it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in "
+                           "its folder, or download the file itself.")
+    if head.lstrip().startswith(b"<"):
+        raise WeightsError(f"{path} is a web page (HTML or XML), not the weights: download the "
+                           "file itself, and look into this one for the reason.")
+    is_safetensors = head[8:9] == b"{"
+    if not is_safetensors and not head.startswith((b"PK", b"\x80")):  # a zip, or a bare pickle
+        raise WeightsError(f"{path} is no checkpoint of PyTorch or safetensors: it begins with the "
+                           f"bytes {head[:8]}. Copy it again, or give another file.")
+    try:
+        if is_safetensors:
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(safe_classes()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged file can raise anything
+        reason = str(e) or type(e).__name__
+    if "TorchScript" in reason:
+        raise WeightsError(f"{path} is a TorchScript program: save its weights by "
+                           f"torch.save(torch.jit.load({str(path)!r}).state_dict(), FILE).")
+    python_object = re.search(r"GLOBAL (\S+) was not an allowed", reason)
+    if python_object:
+        raise WeightsError(f"{path} holds Python objects ({python_object[1]}), not weights alone: "
+                           "where it was made, save them by torch.save({'model': "
+                           "model.state_dict()}, FILE).")
+    if "weights_only" in reason:  # torch's advice, to read the file without any safety
+        reason = "it holds what torch.save does not write"
+    raise WeightsError(f"{path} is cut short, damaged or no checkpoint ({reason.splitlines()[0]}): "
+                       "copy it again, or give another file.")
+
+
+def check_finite(weights, path):
+    """Raises WeightsError that names the first tensor with NaN or infinity in it."""
+    for name, tensor in weights.items():
+        if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
+            raise WeightsError(f"{path}: {name} holds NaN or infinity. The training that made it "
+                               "diverged, or the file is damaged: give an earlier checkpoint.")
+
+
+def hf_names(depth, decoder_depth):
+    """Official names -> those in Hugging Face's files of ViTMAE: one, or q, k and v apart."""
+    names = {"cls_token": ["vit.embeddings.cls_token"],
+             "pos_embed": ["vit.embeddings.position_embeddings"],
+             "mask_token": ["decoder.mask_token"],
+             "decoder_pos_embed": ["decoder.decoder_pos_embed"]}
+    modules = {"patch_embed.proj": ["vit.embeddings.patch_embeddings.projection"],
+               "norm": ["vit.layernorm"], "head": ["classifier"],
+               "decoder_embed": ["decoder.decoder_embed"],
+               "decoder_norm": ["decoder.decoder_norm"],
+               "decoder_pred": ["decoder.decoder_pred"]}
+    layers = [(f"blocks.{i}", f"vit.encoder.layer.{i}") for i in range(depth)]
+    layers += [(f"decoder_blocks.{i}", f"decoder.decoder_layers.{i}") for i in range(decoder_depth)]
+    for block, layer in layers:
+        modules |= {
+            f"{block}.norm1": [f"{layer}.layernorm_before"],
+            f"{block}.norm2": [f"{layer}.layernorm_after"],
+            f"{block}.attn.qkv": [f"{layer}.attention.attention.query",
+                                  f"{layer}.attention.attention.key",
+                                  f"{layer}.attention.attention.value"],
+            f"{block}.attn.proj": [f"{layer}.attention.output.dense"],
+            f"{block}.mlp.fc1": [f"{layer}.intermediate.dense"],
+            f"{block}.mlp.fc2": [f"{layer}.output.dense"]}
+    for module, parts in modules.items():
+        for kind in ("weight", "bias"):
+            names[f"{module}.{kind}"] = [f"{part}.{kind}" for part in parts]
+    return names
+
+
+HF_PATCHES = "embeddings.patch_embeddings.projection.weight"
+HF_SPELLINGS = (  # of transformers 5's modules and of the files it writes -> of all other files
+    ("vit.layers.", "vit.encoder.layer."),
+    ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))
+
+
+def from_hf(state):
+    """Weights with Hugging Face's names of ViTMAE -> with official names. Unknown ones stay."""
+    found = {}
+    for name, tensor in state.items():
+        if name.startswith(("embeddings.", "encoder.", "layers.", "layernorm.")):
+            name = "vit." + name  # of the encoder alone, ViTMAEModel
+        for spelling, usual in HF_SPELLINGS:
+            name = name.replace(spelling, usual)
+        found[name] = tensor
+    depth = sum(name.startswith("vit.") and name.endswith(".layernorm_before.weight")
+                for name in found)
+    decoder_depth = sum(name.startswith("decoder.") and name.endswith(".layernorm_before.weight")
+                        for name in found)
+    weights = {}
+    for name, parts in hf_names(depth, decoder_depth).items():
+        if all(part in found for part in parts):
+            weights[name] = torch.cat([found.pop(part) for part in parts])
+    return weights | found
+
+
+def hf_settings(file, width, depth):
+    """What the config.json beside Hugging Face's weights tells; {} where there is none."""
+    path = Path(file).with_name("config.json")
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+        activation = config.get("hidden_act", "gelu")
+        settings = {"num_heads": config["num_attention_heads"]}
+        found = (config["hidden_size"], config["num_hidden_layers"])
+    except (ValueError, AttributeError, KeyError) as e:
+        raise WeightsError(f"{path} is not the config.json of a ViT: {e!r}.") from None
+    if found != (width, depth):
+        raise WeightsError(f"{path} is not of {file}: its width and depth are {found}, not "
+                           f"{(width, depth)}.")
+    if activation != "gelu":
+        raise WeightsError(f"{path}: hidden_act is {activation}, but MAE's models compute gelu.")
+    for ours, theirs in (("decoder_embed_dim", "decoder_hidden_size"),
+                         ("decoder_depth", "decoder_num_hidden_layers"),
+                         ("decoder_num_heads", "decoder_num_attention_heads"),
+                         ("norm_pix_loss", "norm_pix_loss")):
+        if theirs in config:
+            settings[ours] = config[theirs]
+    return settings
+
+
+CONTAINERS = ("model", "state_dict", "teacher", "model_ema")  # MAE, MoCo and timm, DINO, DeiT
+WRAPPERS = r"((module|backbone|encoder|base_encoder)\.)*"  # DDP, DINO, SimMIM, MoCo v3
+PATCHES = "patch_embed.proj.weight"
+
+
+def strip_prefix(weights, path, ending):
+    """The weights of the one encoder under `weights`, without the prefix of their names.
+
+    ending: of the name of its patch embedding. What has another prefix is left out, such as DINO's
+    head. Of several encoders the one is taken whose prefix is of WRAPPERS alone.
+    """
+    prefixes = [name.removesuffix(ending) for name in weights if name.endswith(ending)]
+    if len(prefixes) > 1:
+        prefixes = [prefix for prefix in prefixes if re.fullmatch(WRAPPERS, prefix)] or prefixes
+    if len(prefixes) > 1:
+        raise WeightsError(f"{path} holds several encoders: {', '.join(prefixes)}. Save the "
+                           "weights of the one to take in a file of its own.")
+    if not prefixes:
+        raise WeightsError(f"{path} holds no encoder: no {PATCHES} among its {len(weights)} "
+                           f"tensors {', '.join(list(weights)[:4])}. Give another file.")
+    prefix = prefixes[0]
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+            if name.startswith(prefix)}
+
+
+def holds_tensors(value):
+    return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
 def read_weights(path):
     """A checkpoint's weights under official names, the settings that it tells, class names or None.
 
-    Reads ours, official MAE's and timm's, of which only ours tell the head count. The path "none"
-    gives ({}, {}, None). Raises WeightsError.
+    Reads ours, official MAE's, timm's and Hugging Face's ViTMAE (a file, or a folder of
+    save_pretrained), in one of CONTAINERS, with any prefix. Only ours and Hugging Face's
+    config.json tell the head count. The path "none" gives ({}, {}, None). Raises WeightsError.
     """
     if path == "none":
         return {}, {}, None
-    try:
-        if str(path).endswith(".safetensors"):
-            state = safetensors.torch.load_file(path)
-        else:  # official checkpoints hold their command line, a Namespace
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        ours = "modules" in state
-        weights = state["modules"] if ours else state.get("model", state.get("state_dict", state))
-        weights = {k.removeprefix("module."): v for k, v in weights.items()}
-    except Exception as e:  # a damaged file can raise anything
-        raise WeightsError(f"{path} cannot be read as a checkpoint: {e}.") from e
-    if ours:  # beside the model's they hold the probe's
-        weights = {k[6:]: v for k, v in weights.items() if k.startswith("model.")}
+    file = Path(path)
+    if file.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin")
+        files = [file / name for name in names if (file / name).is_file()]
+        if not files:
+            raise WeightsError(f"{path} is a folder without {' or '.join(names)}: give a file, "
+                               f"such as {file / 'last.pt'}.")
+        file = files[0]
+    state = read_file(file)
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path} holds a {type(state).__name__}, not a dict of weights.")
+    if "modules" in state and "model" in state:  # ours; beside the model's they hold the probe's
+        weights = {k[6:]: v for k, v in state["modules"].items() if k.startswith("model.")}
+        check_finite(weights, path)
         return weights, dict(state["model"]), state.get("classes")
+
+    containers = [name for name in CONTAINERS if holds_tensors(state.get(name))]
+    if len(containers) > 1:
+        warnings.warn(f"{path} holds {' and '.join(containers)}: {containers[0]} is taken.")
+    weights = state[containers[0]] if containers else state
+    weights = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in weights.items()
+               if isinstance(tensor, torch.Tensor)}  # torch.compile wraps parts of a model, too
+    is_hf = any(name.endswith(HF_PATCHES) for name in weights)
+    if is_hf:
+        ending = HF_PATCHES
+        if any(name.endswith("vit." + HF_PATCHES) for name in weights):
+            ending = "vit." + HF_PATCHES
+        weights = from_hf(strip_prefix(weights, path, ending))
+    else:
+        weights = strip_prefix(weights, path, PATCHES)
+    check_finite(weights, path)
     try:
-        width, _, _, patch = weights["patch_embed.proj.weight"].shape
+        width, _, _, patch = weights[PATCHES].shape
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         settings = dict(img_size=math.isqrt(weights["pos_embed"].shape[1] - 1) * patch,
-                        patch_size=patch, embed_dim=width,
-                        depth=len({k.split(".")[1] for k in weights if k.startswith("blocks.")}),
+                        patch_size=patch, embed_dim=width, depth=depth,
                         mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width)
     except KeyError as e:
-        raise WeightsError(f"{path} holds no encoder: {e} is not in it, but {list(weights)[:4]}...")
+        raise WeightsError(f"{path} holds no encoder: {e} is not in it, but "
+                           f"{', '.join(list(weights)[:4])}...") from None
+    if is_hf:
+        settings |= hf_settings(file, width, depth)
     return weights, settings, None
 
 
@@ -379,14 +581,22 @@ def resume(resume, last, settings, defaults, **parts):
     if resume == "none" or (resume == "auto" and not last.exists()):
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_file(path)
         saved = dict.fromkeys(settings) | defaults | state["settings"]
-    except Exception as e:  # a damaged file can raise anything
-        raise WeightsError(f"{path} cannot be read: {e}. --resume none starts anew.") from e
+        missing = set(parts) - set(state)
+    except WeightsError as e:
+        raise WeightsError(f"{e} Or start over: --resume none.") from None
+    except (TypeError, KeyError, IndexError):
+        missing = {"settings"}
+    if missing:
+        raise WeightsError(f"{path} is not a checkpoint of such a run: it has no "
+                           f"{', '.join(sorted(missing))}. --resume none starts over.")
     mismatches = [f"{k}: {saved[k]} there, {v} here" for k, v in settings.items() if saved[k] != v]
     if mismatches:
         raise WeightsError(f"{path} is of a run with other settings: {'; '.join(mismatches)}. Give "
                            "the same, another --output-dir, or --resume none to start over.")
+    for name in parts:
+        check_finite(state[name], path)
     for name, part in parts.items():
         part.load_state_dict(state.pop(name))  # not kept twice
     return state
@@ -425,45 +635,121 @@ def init_from(model, name, path):
     return fits
 
 
-def load_mae(path, **settings):
-    """A trained MaskedAutoencoderViT in eval mode, from our checkpoint or an official MAE one.
+def decoder_heads(settings, path):
+    """The decoder's head count, of the size in SIZES that has the same widths. WeightsError."""
+    for name in SIZES:
+        size = dict(embed_dim=768, decoder_embed_dim=512, decoder_num_heads=16)
+        size |= globals()[name].keywords
+        if all(size[k] == settings[k] for k in ("embed_dim", "decoder_embed_dim")):
+            return size["decoder_num_heads"]
+    raise WeightsError(f"{path} does not tell its decoder's head count: give it, "
+                       f"load_mae({str(path)!r}, decoder_num_heads=N).")
 
-    settings: what an official file does not tell, such as norm_pix_loss=False. WeightsError.
+
+def load_mae(path, **settings):
+    """A trained MaskedAutoencoderViT in eval mode, from what read_weights reads. WeightsError.
+
+    settings: what an official file does not tell, such as norm_pix_loss=False.
     """
     weights, ckpt_settings, _ = read_weights(path)
     if "decoder_embed.weight" not in weights:
         raise WeightsError(f"{path} has no decoder: it is not a masked autoencoder's.")
-    if "decoder_depth" not in ckpt_settings:
-        ckpt_settings |= vit_settings(None, ckpt_settings, path)
-        ckpt_settings["decoder_embed_dim"] = weights["mask_token"].shape[2]
-        ckpt_settings["decoder_depth"] = sum(k.startswith("decoder_blocks.") and
-                                             k.endswith("norm1.weight") for k in weights)
-    model = MaskedAutoencoderViT(**(ckpt_settings | settings))
+    found = ckpt_settings | settings
+    if "decoder_depth" not in ckpt_settings:  # from the weights' shapes
+        found |= vit_settings(None, found, path)
+        found["decoder_embed_dim"] = weights["mask_token"].shape[2]
+        found["decoder_depth"] = sum(name.startswith("decoder_blocks.") and
+                                     name.endswith("norm1.weight") for name in weights)
+        if "decoder_num_heads" not in found:
+            found["decoder_num_heads"] = decoder_heads(found, path)
+    model = MaskedAutoencoderViT(**found)
     load_into(model, weights, path)
     return model.eval()
+
+
+def export_timm(source, out, num_classes):
+    """Writes the encoder as a file for timm.create_model -> its last line for the user."""
+    weights, _, _ = read_weights(source)
+    # Without mask_token, for which timm would take it for DINOv2
+    left_out = ("mask_token", "decoder") if num_classes else ("mask_token", "decoder", "head.")
+    weights = {k: v for k, v in weights.items() if not k.startswith(left_out)}
+    if len(weights.get("head.weight", ())) != num_classes:  # timm loads strictly
+        weights["head.weight"] = torch.zeros(num_classes, weights["cls_token"].shape[2])
+        weights["head.bias"] = torch.zeros(num_classes)
+    out = Path(out)
+    if out.exists() and out.samefile(source):
+        raise WeightsError(f"{out} is the checkpoint itself: give another file to write.")
+    tmp_path = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        with open(tmp_path, "wb") as file:
+            torch.save(weights, file)
+        os.replace(tmp_path, out)
+    finally:
+        tmp_path.unlink(missing_ok=True)
+    pool = "avg" if "fc_norm.weight" in weights else "token"
+    return f"{out}: {len(weights)} tensors, for timm.create_model(..., global_pool={pool!r})"
+
+
+def export_hf(source, out):
+    """Writes a folder for Hugging Face's ViTMAE, with the decoder -> its last line for the user."""
+    model = load_mae(source)
+    found = model.settings
+    weights = model.state_dict()
+    tensors = {}
+    for name, parts in hf_names(found["depth"], found["decoder_depth"]).items():
+        if name in weights:
+            for part, tensor in zip(parts, weights[name].chunk(len(parts))):
+                tensors[part] = tensor.clone()
+    config = {"architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae",
+              "image_size": found["img_size"], "patch_size": found["patch_size"],
+              "num_channels": 3, "qkv_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+              "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+              "hidden_size": found["embed_dim"], "num_hidden_layers": found["depth"],
+              "num_attention_heads": found["num_heads"],
+              "intermediate_size": len(weights["blocks.0.mlp.fc1.bias"]),
+              "decoder_hidden_size": found["decoder_embed_dim"],
+              "decoder_num_hidden_layers": found["decoder_depth"],
+              "decoder_num_attention_heads": found["decoder_num_heads"],
+              "decoder_intermediate_size": len(weights["decoder_blocks.0.mlp.fc1.bias"]),
+              "mask_ratio": 0.75, "norm_pix_loss": found["norm_pix_loss"]}
+    side = {"height": found["img_size"], "width": found["img_size"]}
+    pictures = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": side,
+                "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+                "image_mean": model.mean.flatten().tolist(),  # not those that it takes by itself
+                "image_std": model.std.flatten().tolist()}
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise WeightsError(f"{out} is there already: give a new folder.")
+    tmp_path = out.absolute().with_name(f".{out.absolute().name}.tmp-{os.getpid()}")
+    try:
+        tmp_path.mkdir(parents=True)
+        (tmp_path / "config.json").write_text(json.dumps(config, indent=2))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2))
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        os.replace(tmp_path, out)
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+    return (f"{out}: {len(tensors)} tensors, for "
+            f"transformers.ViTMAEForPreTraining.from_pretrained({str(out)!r})")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--export-timm", nargs=2, metavar=("CHECKPOINT", "OUT"), required=True,
-                   help="write the encoder of CHECKPOINT as a file that timm loads")
+    target = p.add_mutually_exclusive_group(required=True)
+    target.add_argument("--export-timm", nargs=2, metavar=("CHECKPOINT", "OUT"),
+                        help="write the encoder of CHECKPOINT as a file that timm loads")
+    target.add_argument("--export-hf", nargs=2, metavar=("CHECKPOINT", "OUT"),
+                        help="write CHECKPOINT, decoder too, as a folder for Hugging Face's ViTMAE")
     p.add_argument("--num-classes", type=int, default=1000, help="of timm's model; 0: no head")
     args = p.parse_args()
-    source, out = args.export_timm
     try:
-        weights, _, _ = read_weights(source)
-    except WeightsError as e:
+        if args.export_timm:
+            print(export_timm(*args.export_timm, args.num_classes))
+        else:
+            print(export_hf(*args.export_hf))
+    except (WeightsError, OSError) as e:
         raise SystemExit(f"models_mae: {e}")
-    # Without mask_token, for which timm would take it for DINOv2
-    left_out = ("mask_token", "decoder") if args.num_classes else ("mask_token", "decoder", "head.")
-    weights = {k: v for k, v in weights.items() if not k.startswith(left_out)}
-    if len(weights.get("head.weight", ())) != args.num_classes:  # timm loads strictly
-        weights["head.weight"] = torch.zeros(args.num_classes, weights["cls_token"].shape[2])
-        weights["head.bias"] = torch.zeros(args.num_classes)
-    torch.save(weights, out)
-    pool = "avg" if "fc_norm.weight" in weights else "token"
-    print(f"{out}: {len(weights)} tensors, for timm.create_model(..., global_pool={pool!r})")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def get_args(argv):
     add("--viz-every", type=int, default=20, help="epochs between reconstruction pictures")
     add("--max-steps", type=int, default=0, help="save and stop after this step; 0: never")
     add("--benchmark", type=int, default=0, metavar="N", help="only time N steps of each stage")
-    add("--init", help="start from the weights of a checkpoint, ours or official MAE's")
+    add("--init", help="start from weights: ours, official MAE's, timm's, Hugging Face's")
     add("--norm-pix-loss", action=on_off, default=True, help="targets are normalised per patch")
     words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     if "--demo" in words:
@@ -276,11 +276,13 @@ def main(args):
     # --- data
     with open_loader(args.data, 1) as loader:  # to know how many pictures there are
         indices = loader.indices
+        num_pictures = loader.num_samples  # without those that are excluded
+        has_probe = args.probe != "off" and loader.labels.min() < loader.labels.max()
     if args.benchmark:  # few pictures will do: they are read again and again
         indices = indices.repeat(-(-args.batch_size * world // len(indices)))
     else:
-        check_batches(len(indices) * args.repeat, args.total_batch, args.batch_size, world,
-                      args.repeat)
+        check_batches(num_pictures * args.repeat, args.total_batch, args.batch_size, world,
+                      args.repeat, least=2 if has_probe else 1)
     shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world,
                   device=device, res=args.input_size)
     loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],

@@ -5,9 +5,11 @@ photos as well. Everything is compared with something independent: Pillow, stock
 float64, the paper's tables. `-m soak` runs the long ones (kills, damaged files) and `-m cuda` those
 that need a GPU.
 """
+import argparse
 import contextlib
 import copy
 import ctypes
+import fcntl
 import functools
 import gzip
 import io
@@ -17,8 +19,10 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -323,6 +327,14 @@ def test_build_names_every_bad_picture(tmp_path, words):
     assert "gone.jpg: [Errno 2]" in errors and "Traceback" not in errors
 
 
+def test_build_proposes_skip_bad_only_where_it_helps(tmp_path):
+    """With no good picture at all --skip-bad would write nothing: it is not proposed."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.jpg").write_bytes(b"no picture")
+    words = ["--data-dir", tmp_path, "--out", tmp_path / "x.beton"]
+    assert "--skip-bad" not in built(*words, code=2) + built(*words, "--skip-bad", code=2)
+
+
 def test_build_reads_every_mode_as_pillow(tmp_path):
     """Labels are ImageFolder's, each picture Pillow's conversion, upright, up to JPEG's loss."""
     rgb = draw(np.random.default_rng(0), 301, 203)
@@ -458,6 +470,69 @@ def test_build_killed_leaves_nothing(folder, tmp_path, monkeypatch, who, number,
     words = ["--data-dir", folder / "train", "--out", tmp_path / "x.beton", "--num-workers", 2]
     assert word in built(*words, code=1)
     assert not os.listdir(tmp_path) and not multiprocessing.active_children()
+
+
+KILLED_PARENT = """
+import os, signal, sys
+import build_beton, essl_loader
+
+def encode(settings, job):
+    if job.name.endswith("/30.png"):
+        os.kill(os.getppid(), signal.SIGKILL)
+    return bytes(100_000), 8, 8, False  # more than a pipe holds
+build_beton.encode_sample = encode
+
+def transform(picture):
+    os.kill(os.getppid(), signal.SIGKILL)
+    return picture
+if sys.argv[1] == "folder":
+    list(essl_loader.FolderLoader(sys.argv[2], 8, res=300, num_workers=2, transform=transform))
+build_beton.main(build_beton.get_args(sys.argv[1:]))
+"""
+
+
+def run_killed(*words):
+    """Runs KILLED_PARENT. Its workers hold its stdout: this returns when they have ended too."""
+    command = [sys.executable, "-c", KILLED_PARENT, *map(str, words)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_build_sigkill_leaves_nothing_for_long(folder, tmp_path):
+    """Workers of a builder that SIGKILL ended end too, though their results are not taken; the next
+    build removes its hidden file, but none of a living process, a locked one or another file's."""
+    words = ["--data-dir", folder / "train", "--out", tmp_path / "x.beton", "--num-workers", 2]
+    run_killed(*words)
+    left, = tmp_path.iterdir()
+    assert re.fullmatch(r"\.x\.beton\.tmp-[0-9]+", left.name)
+    dead = left.name.rpartition("-")[2]
+    stay = [f".x.beton.tmp-{os.getppid()}", f".y.beton.tmp-{dead}", f"x.beton.tmp-{dead}",
+            ".x.beton.tmp-", f".x.beton.tmp-0{dead}"]
+    for name in stay:
+        (tmp_path / name).write_bytes(b"")
+    with open(tmp_path / stay[-1]) as file:  # as if a build in another container wrote it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert f"removed: {left}" in built(*words)
+    assert set(stay) < set(os.listdir(tmp_path)) and not left.exists()
+    assert "removed" in built(*words)  # the one that is not locked any more
+    assert BetonReader(tmp_path / "x.beton").num_samples == 64
+
+
+def test_build_never_writes_into_a_living_builds_file(folder, tmp_path):
+    """Another container's build has the same process number: the second build is refused."""
+    tmp = tmp_path / f".x.beton.tmp-{os.getpid()}"
+    with open(tmp, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b"theirs")
+        file.flush()
+        words = ["--data-dir", folder / "val", "--out", tmp_path / "x.beton"]
+        assert tmp.name in built(*words, code=1)
+        assert tmp.read_bytes() == b"theirs"
 
 
 def test_build_verify_finds_one_flipped_bit(folder, tmp_path):
@@ -682,6 +757,48 @@ def test_loader_closes_and_leaves_nothing(beton, count):
             next(closed)
 
 
+NO_CACHE = """
+import os, sys
+import essl_loader
+if sys.argv[2] == "an index that cannot be read":
+    for kernel in (essl_loader.random_box, essl_loader.center_box, essl_loader.uniform):
+        os.mkdir(kernel._cache._cache_file._index_path)
+for _ in range(2):
+    loader = essl_loader.FolderLoader(sys.argv[1], 8, res=32, num_workers=1)
+    print(sum(int(images.sum()) for images, _ in loader))
+"""
+
+
+@pytest.mark.parametrize("case", ["no folder", "an index that cannot be read"])
+def test_loader_kernels_without_a_cache(folder, tmp_path, case):
+    """Read-only code without a home, a cache of another user's: the same bytes, and one line that
+    names NUMBA_CACHE_DIR. The builder needs no kernel and says nothing."""
+    for name in ("essl_loader.py", "build_beton.py"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "__pycache__").write_bytes(b"")  # root, too, can make no folder of this name
+    env = {**os.environ, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "NUMBA_CACHE_DIR": ""}
+    if case != "no folder":
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+
+    def run_there(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done
+    done = run_there("-c", NO_CACHE, folder / "val", case)
+    assert done.stderr.count("NUMBA_CACHE_DIR") == 1 and done.stderr.count("\n") == 1, done.stderr
+    loader = FolderLoader(folder / "val", 8, res=32, num_workers=1)
+    expected = sum(int(images.sum()) for images, _ in loader)
+    assert done.stdout.split() == [str(expected)] * 2
+    built = run_there("build_beton.py", "--data-dir", folder / "val", "--out", "x.beton")
+    assert not built.stderr and (tmp_path / "x.beton").exists()
+
+
+def test_loader_folder_workers_end_with_a_killed_parent(folder):
+    """SIGKILL of the process that reads a folder ends its workers too."""
+    run_killed("folder", folder / "train")
+
+
 def test_loader_leaves_out_what_verify_excludes(beton, tmp_path):
     """A damaged sample is named with the remedy; after that, all else stays as it was."""
     path = spoil(beton, tmp_path / "bad.beton", 7)
@@ -697,6 +814,48 @@ def test_loader_leaves_out_what_verify_excludes(beton, tmp_path):
     images, expected = (torch.cat([images for images, _ in each]) for each in (loader, whole))
     assert loader.num_samples == 39 and torch.equal(images, expected[kept])
     built("--verify", path)  # not a fault any more
+
+
+def test_loader_proposes_commands_that_work(folder, tmp_path, monkeypatch):
+    """What an error proposes is run, as it stands, with paths that a shell would split."""
+    monkeypatch.chdir(tmp_path)
+    pictures = tmp_path / "my pictures"
+    shutil.copytree(folder / "val", pictures)
+    path = tmp_path / "it's.beton"
+
+    def propose(data, **options):
+        with pytest.raises(DataError) as raised:
+            list(open_loader(data, 4, res=32, **options))
+        return re.findall("`python build_beton.py (.*?)`", str(raised.value))
+
+    def follow(command):
+        built(*shlex.split(command.replace("PICTURES", shlex.quote(str(pictures)))))
+    build, demo = propose(path)
+    follow(build)
+    follow(demo + " --limit 20")
+    assert open_loader("data/demo_train.beton", 4).num_samples == 20
+    bad = spoil(path, tmp_path / "bad 1.beton", 5)
+    verify, = propose(bad)
+    follow(verify)
+    assert sum(len(labels) for _, labels in open_loader(bad, 4, drop_last=False)) == 12
+    (pictures / "dark/0.png").write_bytes(b"no picture")
+    skip_bad, = propose(pictures, num_workers=1)
+    follow(skip_bad)
+    assert open_loader("FILE.beton", 4).num_samples == 12
+
+
+def test_loader_says_how_many_ranks_a_set_fills(beton):
+    """Fewer pictures than ranks: a smaller batch would not help, fewer ranks do."""
+    for train_set in (True, False):
+        settings = dict(train=train_set, res=32, indices=[3])
+        with pytest.raises(DataError, match="at most 1 rank") as raised:
+            ESSLLoader(beton, 1, rank=1, world_size=2, **settings)
+        assert "drop_last" not in str(raised.value)
+        ESSLLoader(beton, 1, world_size=1, **settings)
+    with pytest.raises(DataError, match="batch of at most 20, or drop_last=False"):
+        ESSLLoader(beton, 21, world_size=2)
+    ESSLLoader(beton, 20, world_size=2)
+    ESSLLoader(beton, 21, world_size=2, drop_last=False)
 
 
 def test_loader_random_box_is_torchvisions():
@@ -1196,6 +1355,230 @@ def test_models_export_is_timms(tmp_path, num_classes):
     assert torch.allclose(features, mae.features(x), atol=1e-5)
 
 
+def prefixed(weights, prefix):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+CHECKPOINTS = {  # as other code writes them: weights of the encoder -> what torch.save is given
+    "compiled": lambda w: {"model": prefixed(w, "_orig_mod.module.")},
+    "parts compiled": lambda w: {k.replace("blocks.1.", "blocks.1._orig_mod."): w[k] for k in w},
+    "DINO": lambda w: {"student": prefixed(w, "module.backbone."), "epoch": 3,
+                       "teacher": prefixed(w, "backbone.") | {"head.mlp.0.weight": torch.ones(2)}},
+    "MoCo v3": lambda w: {"arch": "vit_base", "state_dict": prefixed(w, "module.base_encoder.") |
+                          {f"module.momentum_encoder.{k}": v + 1 for k, v in w.items()}},
+    "SimMIM": lambda w: {"model": prefixed(w, "encoder.") | {"decoder.0.weight": torch.ones(2)}},
+    "average": lambda w: {"model": "vit_base", "model_ema": prefixed(w, "module.")},
+    "Lightning": lambda w: {"state_dict": prefixed(w, "net.model.")},
+    "NumPy": lambda w: {"model": w, "best": np.float32(1.5), "epoch": np.int64(3),
+                        "args": argparse.Namespace(lr=np.float64(0.1), ok=np.bool_(True))}}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_models_read_checkpoints_as_they_come(mae, tmp_path, kind):
+    """Containers and prefixes of other code, numbers of NumPy: the encoder's weights and sizes."""
+    encoder = {k: v for k, v in mae.state_dict().items()
+               if not k.startswith(("mask_token", "decoder"))}
+    torch.save(CHECKPOINTS[kind](encoder), tmp_path / "x.pth")
+    weights, settings, _ = read_weights(tmp_path / "x.pth")
+    torch.testing.assert_close(weights, encoder, rtol=0, atol=0)
+    assert settings == {k: mae.settings[k] for k in settings} and settings["depth"] == 2
+
+
+def test_models_read_numbers_of_numpy_1(mae, tmp_path):
+    """NumPy 1 wrote another module's name into the file."""
+    torch.save({"model": mae.state_dict(), "best": np.float64(1)}, tmp_path / "x.pth",
+               _use_new_zipfile_serialization=False)
+    data = (tmp_path / "x.pth").read_bytes()
+    assert data.count(b"numpy._core.multiarray") == 1
+    (tmp_path / "x.pth").write_bytes(data.replace(b"numpy._core.", b"numpy.core."))
+    check_same_model(load_mae(tmp_path / "x.pth", num_heads=4), mae)
+
+
+def test_models_say_which_of_several_weights_they_take(mae, tmp_path):
+    """Of two containers one is taken, with a warning; of two encoders none, and both are named."""
+    weights = mae.state_dict()
+    torch.save({"model": weights, "model_ema": prefixed(weights, "module.")}, tmp_path / "x.pth")
+    with pytest.warns(UserWarning, match="x.pth holds model and model_ema: model"):
+        read_weights(tmp_path / "x.pth")
+    torch.save(prefixed(weights, "left.") | prefixed(weights, "right."), tmp_path / "y.pth")
+    with pytest.raises(WeightsError, match="y.pth.*left., right."):
+        read_weights(tmp_path / "y.pth")
+
+
+def export(*words):
+    """models_mae.py, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["models_mae.py", *map(str, words)])
+        models_mae.main()
+
+
+@pytest.fixture
+def exported(tmp_path, capsys):
+    """A model whose tensors all differ from what they begin with, and its --export-hf."""
+    torch.manual_seed(0)
+    model = models_mae.mae_vit_nano_patch8(img_size=40, depth=2, norm_pix_loss=False).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.save({"modules": prefixed(model.state_dict(), "model."), "model": model.settings},
+               tmp_path / "mae.pt")
+    export("--export-hf", tmp_path / "mae.pt", tmp_path / "hf")
+    assert f"from_pretrained('{tmp_path / 'hf'}')" in capsys.readouterr().out
+    return model, tmp_path / "hf"
+
+
+def check_same_model(a, b):
+    assert a.settings == b.settings
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+
+
+def test_models_hugging_face_names_both_ways(exported, tmp_path):
+    """The export has the names of Hugging Face's published files, its table the export's
+    resolution; the folder, its weights alone and transformers 5's spelling give the model back."""
+    from safetensors.torch import load_file
+    model, out = exported
+    weights = model.state_dict()
+    tensors = load_file(out / "model.safetensors")
+    layer = "vit.encoder.layer.1."
+    for i, part in enumerate(("query", "key", "value")):
+        rows = weights["blocks.1.attn.qkv.bias"][128 * i:128 * (i + 1)]
+        assert torch.equal(tensors[f"{layer}attention.attention.{part}.bias"], rows)
+    for theirs, ours in (
+            (f"{layer}attention.output.dense.weight", "blocks.1.attn.proj.weight"),
+            (f"{layer}layernorm_before.bias", "blocks.1.norm1.bias"),
+            (f"{layer}intermediate.dense.weight", "blocks.1.mlp.fc1.weight"),
+            ("decoder.decoder_layers.0.output.dense.bias", "decoder_blocks.0.mlp.fc2.bias"),
+            ("vit.embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight"),
+            ("vit.embeddings.position_embeddings", "pos_embed"),
+            ("vit.layernorm.bias", "norm.bias"), ("decoder.mask_token", "mask_token"),
+            ("decoder.decoder_pos_embed", "decoder_pos_embed")):
+        assert torch.equal(tensors[theirs], weights[ours]), theirs
+    config = json.loads((out / "config.json").read_text())
+    assert config["image_size"] == 40 and weights["pos_embed"].shape[1] == 1 + 5 * 5
+    check_same_model(load_mae(out), model)
+
+    torch.save(tensors, tmp_path / "x.bin")  # without the config: sizes are guessed from widths
+    check_same_model(load_mae(tmp_path / "x.bin", norm_pix_loss=False, num_heads=4), model)
+    new = {}
+    for name, tensor in tensors.items():
+        for old_part, new_part in (
+                ("vit.encoder.layer.", "vit.layers."),
+                ("attention.attention.query", "attention.q_proj"),
+                ("attention.attention.key", "attention.k_proj"),
+                ("attention.attention.value", "attention.v_proj"),
+                ("attention.output.dense", "attention.o_proj"),
+                ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")):
+            name = name.replace(old_part, new_part)
+        new[name] = tensor
+    torch.save(new, out / "pytorch_model.bin")
+    (out / "model.safetensors").unlink()
+    check_same_model(load_mae(out), model)
+    for key, value, word in (("hidden_size", 64, "config.json"), ("hidden_act", "relu", "gelu")):
+        (out / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(WeightsError, match=word):
+            load_mae(out)
+
+
+def test_models_hugging_face_computes_the_same(exported, tmp_path, monkeypatch):
+    """transformers opens the export without a network: same loss, predictions and normalisation;
+    what it saves gives the same weights back."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    model, out = exported
+    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    imgs = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
+    noise = torch.rand(3, 25)
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    pixels = processor(list(imgs), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        loss, pred, mask = model(imgs, 0.75, noise)
+        output = theirs.eval()(pixels, noise=noise)
+    torch.testing.assert_close((output.loss, output.logits, output.mask), (loss, pred, mask),
+                               rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "back")
+    check_same_model(load_mae(tmp_path / "back"), model)
+
+
+def test_models_exports_overwrite_nothing(exported, tmp_path):
+    """A folder that is there, and the checkpoint itself, are refused by name."""
+    for words in (["--export-hf", tmp_path / "mae.pt", exported[1]],
+                  ["--export-timm", tmp_path / "mae.pt", tmp_path / "mae.pt"]):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit, match=str(words[-1])):
+            export(*words)
+        assert sorted(tmp_path.rglob("*")) == before
+    load_mae(tmp_path / "mae.pt")
+
+
+class Net(torch.nn.Linear):
+    """A module that is pickled whole."""
+
+
+def spoiled(weights):
+    return {"model": weights | {"blocks.1.norm1.bias": torch.tensor([0.0, float("inf")])}}
+
+
+NOT_WEIGHTS = {  # what lies under the name: a function of the weights, and a word of the remedy
+    "pointer": (lambda w: b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "git lfs pull"),
+    "page": (lambda w: b"\n<!doctype html><html>Sign in</html>", "download"),
+    "error": (lambda w: b"<?xml version='1.0'?><Code>AccessDenied</Code>", "download"),
+    "empty": (lambda w: b"", "again"), "text": (lambda w: b"epoch 1, loss 0.3", "Copy it again"),
+    "zeros": (lambda w: bytes(5000), "Copy it again"),
+    "pickle": (lambda w: pickle.dumps({"epoch": 3}), "another file"),
+    "module": (lambda w: Net(2, 2), "state_dict"), "list": (lambda w: [torch.ones(2)], "dict"),
+    "script": (lambda w: torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), "torch.jit.load"),
+    "run": (lambda w: {"head": prefixed(w, "1."), "model": {"depth": 2}}, "no encoder"),
+    "not finite": (spoiled, "blocks.1.norm1.bias holds NaN or infinity")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NOT_WEIGHTS)
+def test_models_say_what_is_no_checkpoint(mae, tmp_path, kind):
+    """The file, what it is and a remedy in one line; never to read it without torch's safety."""
+    make, word = NOT_WEIGHTS[kind]
+    path = tmp_path / "x.pth"
+    content = make(mae.state_dict())
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif kind == "script":
+        content.save(path)
+    else:
+        torch.save(content, path)
+    for resuming in (False, True):
+        with pytest.raises(WeightsError, match="x.pth") as raised:
+            if resuming:
+                models_mae.resume(path, tmp_path / "last.pt", {}, {}, model=mae)
+            else:
+                read_weights(path)
+        message = str(raised.value)
+        assert "weights_only" not in message and "\n" not in message
+        assert "--resume none" in message if resuming else word in message, message
+
+
+def test_models_refuse_what_is_cut(folder, mae, tmp_path):
+    """Every length of a checkpoint but the whole, a missing file and a folder of a run: named."""
+    data = (folder / "mae.pt").read_bytes()
+    path = tmp_path / "last.pt"
+    for length in (3, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(WeightsError, match="last.pt.*again"):
+            read_weights(path)
+    with pytest.raises(WeightsError, match="none.pt"):
+        read_weights(tmp_path / "none.pt")
+    with pytest.raises(WeightsError, match=f"{tmp_path}.*such as .*last.pt"):
+        read_weights(tmp_path)
+
+
+def test_models_resume_refuses_weights_that_are_not_finite(folder, mae, tmp_path):
+    """A run does not go on from weights with NaN: the tensor and the remedy are named."""
+    state = {"model": {k: v.clone() for k, v in mae.state_dict().items()}, "settings": {}}
+    state["model"]["decoder_pred.bias"][1] = float("nan")
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(WeightsError, match="last.pt: decoder_pred.bias.*earlier checkpoint"):
+        models_mae.resume("auto", tmp_path / "last.pt", {}, {}, model=copy.deepcopy(mae))
+
+
 # --- bench_loader
 def test_bench_measures_each_alternative(folder, tmp_path):
     """Each section is measured and drawn; rates are consistent, pixel differences are small."""
@@ -1577,6 +1960,47 @@ def test_pretrain_refuses_in_words(folder, tmp_path, capsys):
     assert (done.stdout + done.stderr).count("This works: --total-batch 64") == 1
     with pytest.raises(DataError, match="This works: --total-batch 992 --batch-size 124"):
         check_batches(1000, 4096, 128, 8, multiple=2)  # pairs for mixup
+
+
+def test_pretrain_counts_no_excluded_pictures(folder, tmp_path):
+    """A step of all 64 pictures, of which one is excluded, is refused with flags that work."""
+    bad = spoil(folder / "train.beton", tmp_path / "bad.beton", 5)
+    built("--verify", bad, "--exclude-bad")
+    words = flags(pretrain, folder, tmp_path / "x", "--data", bad, "--epochs", 1)
+    with pytest.raises(DataError, match="This works: ") as raised:
+        train(pretrain, *words, "--total-batch", 64, "--batch-size", 64)
+    proposed = re.findall(r"--\S+ \d+", str(raised.value).split("This works: ")[1])
+    assert train(pretrain, *words, *" ".join(proposed).split()) == 0
+
+
+def test_scripts_propose_batches_that_work():
+    """Whatever check_batches proposes, it takes, for few pictures and many processes too."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        low, high = (1, 0, 0, 1, 1, 1), (40, 50, 20, 9, 5, 4)
+        n, total, batch, world, multiple, least = rng.integers(low, high).tolist()
+        try:
+            check_batches(n, total, batch, world, multiple, least)
+        except DataError as error:
+            message = str(error)
+            if "too few" in message:
+                assert not any(size % multiple == 0 for size in range(least, n + 1))
+                continue
+            found = re.search("This works: (?:.*nproc_per_node ([0-9]+), with )?"
+                              "--total-batch ([0-9]+) --batch-size ([0-9]+)$", message)
+            fewer, total, batch = (found[i] and int(found[i]) for i in (1, 2, 3))
+            assert fewer is None or fewer < world
+            check_batches(n, total, batch, fewer or world, multiple, least)
+            assert batch >= least
+
+
+@pytest.mark.parametrize("script", [pretrain, linprobe])
+def test_scripts_propose_batches_that_a_batchnorm_takes(folder, mae, tmp_path, script):
+    """A batch of one picture has no variance: two are proposed, and they train."""
+    words = flags(script, folder, tmp_path, "--epochs", 1)
+    with pytest.raises(DataError, match="This works: --total-batch 2 --batch-size 2"):
+        train(script, *words, "--total-batch", 3, "--batch-size", 1)
+    assert train(script, *words, "--total-batch", 2, "--batch-size", 2) == 0
 
 
 # --- finetune
