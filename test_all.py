@@ -301,7 +301,7 @@ def test_build_refuses_in_words(folder, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--lossless"]])
-def test_build_names_every_bad_picture(tmp_path, words):
+def test_build_names_every_bad_picture(tmp_path, monkeypatch, words):
     """All bad pictures are named at once, nothing is written; --skip-bad leaves them out."""
     good = jpeg_of(draw(np.random.default_rng(4), 90, 60))
     (tmp_path / "in").mkdir()
@@ -314,11 +314,15 @@ def test_build_names_every_bad_picture(tmp_path, words):
     assert "4 of 5" in errors and all(f"/{name}: " in errors for name in bad)
     assert os.listdir(tmp_path) == ["in"]
     built(*words, "--skip-bad")
-    left_out = json.loads((tmp_path / "x.json").read_text())["left_out"]
+    left_out = json.loads((tmp_path / "x.beton.json").read_text())["left_out"]
     assert [Path(entry["file"]).name for entry in left_out] == bad
     assert BetonReader(tmp_path / "x.beton").num_samples == 1
-    (tmp_path / "in/gone.jpg").symlink_to("nowhere")  # what a disk or a network does
-    errors = built(*words, "--skip-bad", "--limit", 6, code=1)
+    (tmp_path / "in/gone.jpg").symlink_to("nowhere")
+    assert "gone.jpg: a broken link, to nowhere" in built(*words, code=2)
+    assert "5 left out" in built(*words, "--skip-bad")
+    (tmp_path / "in/gone.jpg").unlink()
+    monkeypatch.setattr(build_beton, "list_folder", lambda *_: (["gone.jpg"] * 6, []))
+    errors = built(*words, "--skip-bad", code=1)  # what a disk or a network does
     assert "gone.jpg: [Errno 2]" in errors and "Traceback" not in errors
 
 
@@ -443,9 +447,9 @@ def test_build_verify_finds_one_flipped_bit(folder, tmp_path):
         with pytest.raises(DataError, match="x.beton"):
             BetonReader(out)
     out.write_bytes(whole)
-    sidecar = (folder / "val.json").read_text()  # of another build: one was killed in between
-    out.with_suffix(".json").write_text(sidecar)
-    with pytest.raises(DataError, match="x.json.*another build"):
+    sidecar = (folder / "val.beton.json").read_text()  # of another build: one was killed in between
+    out.with_suffix(".beton.json").write_text(sidecar)
+    with pytest.raises(DataError, match="x.beton.json.*another build"):
         BetonReader(out)
 
 
