@@ -48,9 +48,9 @@ from tqdm import tqdm
 
 from essl_loader import (ALLOC, ARCHIVES, FIELD, HEADER, HIDDEN_FILE, LABEL_NAMES, MAX_CLASSES,
                          MAX_PIXELS, NAMES_HEADER, NAMES_MAGIC, OTHER_ENDING, SAMPLE, SETS,
-                         SPECIAL_FILE, BetonReader, DataError, NotTaken, bind, check_shared_memory,
-                         ending_of, folder_classes, folder_order, is_hidden, is_sidecar,
-                         list_folder, names_of, one_name, picture_endings, sidecar_of,
+                         SPECIAL_FILE, SYSTEM_FOLDERS, BetonReader, DataError, NotTaken, bind,
+                         check_shared_memory, ending_of, folder_classes, folder_order, is_hidden,
+                         is_sidecar, list_folder, names_of, one_name, picture_endings, sidecar_of,
                          tables_checksum, usable_cores)
 
 COMMON_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".gif")  # picture_endings has all
@@ -131,7 +131,7 @@ class FilePicture(NamedTuple):
             return Path(file).read_bytes()
         except FileNotFoundError:
             if os.path.islink(file):  # not a disk's fault: --skip-bad leaves it out
-                raise ValueError(f"a broken link, to {os.readlink(file)}") from None
+                raise DataError(f"a broken link, to {os.readlink(file)}") from None
             raise
 
 
@@ -210,7 +210,7 @@ def find_in_folder(root, names):
 
 
 def parse_label(value):
-    """A label as a number, a class's name or None (no value, no text, -1). DataError in words."""
+    """A label as a number, a class's name or None (no value, no text, -1). Else DataError."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8-sig")
@@ -218,6 +218,8 @@ def parse_label(value):
             raise DataError(f"the label {value!r} is not in UTF-8") from None
     if isinstance(value, str):
         value = one_name(value.strip())
+        if value.isascii() and value.isdecimal():  # most of millions
+            return int(value)
         whole = re.fullmatch(r"([+-]?\d+)(\.0*)?", value)
         if re.fullmatch(r"[+-]?\d+([\s,;]+[+-]?\d+)+", value):
             raise DataError(f"the label {value!r} is several numbers: a picture has one class")
@@ -254,6 +256,7 @@ def find_label_in_json(data):
 
 
 AMBIGUOUS = object()  # in the place of a label
+LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json; a larger one describes more than a picture
 
 
 class MemberLabels:
@@ -270,26 +273,30 @@ class MemberLabels:
         self.used = set()
 
     @staticmethod
-    def first_dot(name):
-        return name[:name.index(".", name.rfind("/") + 1)]
+    def first_dot(key):
+        """A key up to the first dot of its base name."""
+        dot = key.find(".", key.rfind("/") + 1)
+        return key if dot < 0 else key[:dot]
 
-    def add(self, name, label):
-        key, ending = os.path.splitext(name)
-        labels = self.by_ending[ending.lower()]
-        if labels.setdefault(key, label) != label:
+    def add(self, name, ending, label):
+        """Of the file `name`, which ends in .cls or .json: a label, or what is wrong with it."""
+        key = name[:-len(ending)]
+        if self.by_ending[ending].setdefault(key, label) != label:
             raise DataError(f"{name} is there twice, with two labels")
-        short = self.first_dot(name)
+        short = self.first_dot(key)
         if short != key and self.short.setdefault(short, label) != label:
             self.short[short] = AMBIGUOUS  # said where a picture needs it
 
     def find(self, name):
-        """The label of the picture `name`, or None."""
-        key = os.path.splitext(name)[0]
-        short = self.first_dot(name)
+        """The label of the picture `name`, or None. DataError if it is none, or one of two."""
+        key = name[:name.rindex(".")]
+        short = self.first_dot(key)
         for labels in self.by_ending.values():
             for known in (key, short):
                 if known in labels:
                     self.used.add(known)
+                    if isinstance(labels[known], DataError):
+                        raise labels[known]
                     return labels[known]
         if short != key or short not in self.short:  # a.2.jpg does not take the label of a.1.cls
             return None
@@ -299,12 +306,15 @@ class MemberLabels:
         return self.short[short]
 
     def count_unused(self, not_taken):
-        count = sum(map(len, self.by_ending.values()))
-        if count == len(self.used):
+        if len(self.used) == sum(map(len, self.by_ending.values())):
             return
         for ending, labels in self.by_ending.items():
             for key in labels:
-                if key not in self.used and self.first_dot(key + ending) not in self.used:
+                if key in self.used or self.first_dot(key) in self.used:
+                    continue
+                if isinstance(labels[key], DataError):  # a .json of another kind
+                    not_taken.add(OTHER_ENDING, ending)
+                else:
                     not_taken.add(LABEL_ALONE, key + ending)
 
 
@@ -317,10 +327,11 @@ def find_in_tar(file, path, with_labels, not_taken, start=0, folder=""):
     Raises TarError where the tar is damaged or cut short, which tarfile takes for the end.
     """
     endings = picture_endings()
+    prefix = f"{path.stem}_"
 
     def titled(name):
         """A member's name, in a folder where the tar is a class."""
-        return f"{path.stem}/{name}" if name.startswith(f"{path.stem}_") and not folder else name
+        return f"{path.stem}/{name}" if name.startswith(prefix) and not folder else name
     end = 0
     while end is not None:
         file.seek(end)
@@ -333,12 +344,15 @@ def find_in_tar(file, path, with_labels, not_taken, start=0, folder=""):
             name = titled(member_name(folder + member.name))
             ending = ending_of(name)
             begin = member.offset_data
-            if count_if_hidden(name, ending in endings, not_taken):
-                continue
+            hidden = hidden_part(name)
             if member.isdir():
-                not_taken.folders.add(name)
-                continue
-            if ending in endings and (member.islnk() or member.issym()):
+                if not hidden:
+                    not_taken.folders.add(name)
+            elif hidden == name:
+                not_taken.add(HIDDEN_FILE, name, pictures=ending in endings)
+            elif hidden:
+                not_taken.add(IN_HIDDEN_FOLDER, hidden, pictures=ending in endings)
+            elif ending in endings and (member.islnk() or member.issym()):
                 near = os.path.dirname(folder + member.name) if member.issym() else folder
                 links[name] = titled(member_name(os.path.join(near, member.linkname)))
             elif ending in endings and member.issparse():
@@ -354,14 +368,14 @@ def find_in_tar(file, path, with_labels, not_taken, start=0, folder=""):
                                         inner_folder)
             else:
                 label = None
-                if with_labels and ending in labels.by_ending:
+                if with_labels and ending in labels.by_ending and member.size < LARGEST_LABEL:
                     file.seek(begin)
-                    label = read_member_label(name, file.read(member.size))
+                    label = read_member_label(name, ending, file.read(member.size))
                 if label is None:
                     not_taken.folders.add(os.path.dirname(name))
                     not_taken.add(OTHER_ENDING, ending or "no ending")
                 else:
-                    labels.add(name, label)
+                    labels.add(name, ending, label)
         if links:
             places = find_places(file, end, lambda name: titled(member_name(folder + name)), links)
             for name, place in places.items():
@@ -388,27 +402,23 @@ def member_name(name):
     return name
 
 
-def count_if_hidden(name, is_picture, not_taken):
-    """Whether a member is hidden, or in a hidden folder; it is counted then."""
-    if name == ".":
-        return False
+def hidden_part(name):
+    """A member's path up to what is hidden in it, or ""."""
+    if not (name.startswith(".") or "/." in name or any(map(name.__contains__, SYSTEM_FOLDERS))):
+        return ""  # at once, for millions of members
     parts = name.split("/")
-    hidden = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
-    if hidden is None:
-        return False
-    if hidden == len(parts) - 1:
-        not_taken.add(HIDDEN_FILE, name, pictures=is_picture)
-    else:
-        not_taken.add(IN_HIDDEN_FOLDER, "/".join(parts[:hidden + 1]), pictures=is_picture)
-    return True
+    for i, part in enumerate(parts):
+        if is_hidden(part):
+            return "/".join(parts[:i + 1])
+    return ""
 
 
-def read_member_label(name, data):
-    """The label in a member KEY.cls or KEY.json. DataError that names it."""
+def read_member_label(name, ending, data):
+    """The label in a member KEY.cls or KEY.json, None, or a DataError that names it."""
     try:
-        return parse_label(data) if ending_of(name) == ".cls" else find_label_in_json(data)
+        return parse_label(data) if ending == ".cls" else find_label_in_json(data)
     except DataError as error:
-        raise DataError(f"{name}: {error}") from None
+        return DataError(f"{name}: {error}")
 
 
 def find_places(file, begin, named, links):
@@ -464,7 +474,7 @@ def choose_columns(schema, columns):
         missing = set(columns) - set(schema.names)
         if missing:
             raise DataError(f"it has no column {', '.join(sorted(missing))}, only "
-                             f"{', '.join(schema.names)}. Change --columns")
+                            f"{', '.join(schema.names)}. Change --columns")
         if not holds_pictures(schema.field(columns[0])):
             raise DataError(f"its column {columns[0]} holds no bytes. Change --columns")
         return columns
@@ -472,7 +482,7 @@ def choose_columns(schema, columns):
     image = next((name for name in IMAGE_NAMES if name in images), None)
     if image is None and len(images) > 1:
         raise DataError(f"which of its columns {', '.join(images)} holds the pictures? Add "
-                         "--columns IMAGE LABEL")
+                        "--columns IMAGE LABEL")
     if image is None and images:
         image = images[0]
     names = [name for name in schema.names if name != image]
@@ -480,10 +490,11 @@ def choose_columns(schema, columns):
     if label is None:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         features = info.get("features", {})
-        classes = [name for name in names if features.get(name, {}).get("_type") == "ClassLabel"]
+        classes = [name for name in names if isinstance(features.get(name), dict)
+                   and features[name].get("_type") == "ClassLabel"]
         if len(classes) > 1:
             raise DataError(f"which of its columns {', '.join(classes)} holds the labels? Add "
-                             "--columns IMAGE LABEL")
+                            "--columns IMAGE LABEL")
         label = classes[0] if classes else None
     return image, label
 
@@ -626,11 +637,11 @@ def find_pictures(source, columns, with_labels, not_taken):
         ("pictures", loose), (".tar files", tars), (".parquet files", tables)) if names]
     if len(halves) > 1:
         raise DataError(f"{source} holds {' and '.join(halves)}: which of them are the data? Move "
-                         "the others away, or give a pattern for archives alone: --data-dir "
-                         f'"{root}/*{ending_of((tars + tables)[0])}".')
+                        "the others away, or give a pattern for archives alone: --data-dir "
+                        f'"{root}/*{ending_of((tars + tables)[0])}".')
     if not halves:
         raise DataError(f"{source} holds no picture ({' '.join(COMMON_ENDINGS)} ...), no .tar and "
-                         f"no .parquet with a column of bytes. Not taken: {not_taken}.")
+                        f"no .parquet with a column of bytes. Not taken: {not_taken}.")
     if loose:
         pictures = list(find_in_folder(root, loose))
         pictures.sort(key=lambda picture: folder_order(picture.name))
@@ -650,8 +661,8 @@ def find_pictures(source, columns, with_labels, not_taken):
         image, label = choose_columns(parquet.read_schema(root / tables[0]), columns)
         read = f"columns {image} and {label}" if label and with_labels else f"column {image}"
         return pictures, f"{len(tables):,} parquet file{several} ({read})", None
-    is_class = [picture.name.startswith(f"{Path(picture.path).stem}/") for picture in pictures]
-    if not all(is_class):
+    folder_of = {str(root / name): f"{Path(name).stem}/" for name in tars}
+    if not all(picture.name.startswith(folder_of[picture.path]) for picture in pictures):
         check_one_set(root, tars)
     words = f"{len(tars):,} tar{several}"
     folders = {os.path.dirname(picture.name) for picture in pictures}
@@ -677,7 +688,7 @@ def read_text(path):
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}: line {line} is not in {error.encoding}. Save the file as "
-                         "UTF-8.") from None
+                        "UTF-8.") from None
     if "\0" in text:
         raise DataError(f"{path}: it is not text in UTF-8. Save it as UTF-8.")
     return text
@@ -783,8 +794,8 @@ def choose_label_columns(path, rows, names_picture):
             columns = columns[1:]
         if len(columns) != 2:
             raise DataError(f"{path}: line {rows[0][0]} has {len(columns)} columns: expected a "
-                             "file name and one class, or a first line with the columns' names, "
-                             "such as file,label.")
+                            "file name and one class, or a first line with the columns' names, "
+                            "such as file,label.")
         return *columns, "file name, then class", rows
     header = rows[0][1]
     rows = rows[1:]
@@ -807,7 +818,7 @@ def choose_label_columns(path, rows, names_picture):
         return file, classes, f"column {header[file]}, one-hot classes", rows
     if file is None or label is None:
         raise DataError(f"{path}: which of its columns {', '.join(header)} are the file name and "
-                         "the class? Call them file and label.")
+                        "the class? Call them file and label.")
     return file, label, f"columns {header[file]} and {header[label]}", rows
 
 
@@ -846,7 +857,7 @@ def read_labels(path, pictures, not_taken):
         known = lines_of.setdefault(base_of(key), {})
         if known.setdefault(key, (value, line))[0] != value:
             raise DataError(f"{path}: lines {known[key][1]} and {line} give {cells[file]} two "
-                             "labels. Remove one.")
+                            "labels. Remove one.")
     labels = []
     used = {}  # path in the file: the picture that it belongs to
     for key, picture in zip(keys, pictures):
@@ -862,11 +873,11 @@ def read_labels(path, pictures, not_taken):
         if len({value for value, _ in lines.values()}) > 1:
             numbers = ", ".join(str(line) for _, line in lines.values())
             raise DataError(f"{path}: lines {numbers} give {picture.name} two labels. Write "
-                             "names with their folders, as in the source.")
+                            "names with their folders, as in the source.")
         labels.append(next((value for value, _ in lines.values()), None))
     if not used:
         raise DataError(f"{path}: no line names a picture, the first one {rows[0][1]}, as "
-                         f"{pictures[0].name}: expected file name, then class.")
+                        f"{pictures[0].name}: expected file name, then class.")
     if sum(map(len, lines_of.values())) > len(used):
         for lines in lines_of.values():
             for name in lines:
@@ -899,8 +910,8 @@ def number_classes(pictures, known):
     elif numbers and names:
         ours, theirs = example[numbers[0]], example[names[0]]
         raise DataError(f"{ours.path}/{ours.name} has the number {ours.label} for a label, and "
-                         f"{theirs.path}/{theirs.name} the name {theirs.label}. Give all pictures "
-                         "numbers or all names, or say which is which by --classes.")
+                        f"{theirs.path}/{theirs.name} the name {theirs.label}. Give all pictures "
+                        "numbers or all names, or say which is which by --classes.")
     elif numbers:
         classes = [str(number) for number in range(min(max(numbers) + 1, MAX_CLASSES))]
         number_of = {i: i for i in range(len(classes))}
@@ -909,12 +920,12 @@ def number_classes(pictures, known):
         number_of = {name: i for i, name in enumerate(classes)}
     if len(classes) > MAX_CLASSES:
         raise DataError(f"there are {len(classes):,} classes, such as {classes[0]}: are these "
-                         "labels? At most 100,000 are taken; --unlabelled takes none.")
+                        "labels? At most 100,000 are taken; --unlabelled takes none.")
     for label, picture in example.items():
         if label not in number_of:
             raise DataError(f"{picture.path}/{picture.name} has the label {label!r}, none of the "
-                             f"{len(classes):,} classes. Change it, or use --classes with a file "
-                             "that has it.")
+                            f"{len(classes):,} classes. Change it, or use --classes with a file "
+                            "that has it.")
     return [p._replace(label=number_of[p.label]) for p in pictures], classes, words
 
 
@@ -936,6 +947,8 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         for picture in pictures:
             if picture.label is not None:
                 not_taken.add(OTHER_LABEL, picture.name)
+        if Path(os.path.realpath(source)) in Path(os.path.realpath(labels_file)).parents:
+            not_taken.take_back(OTHER_ENDING, ending_of(labels_file.name) or "no ending")
         labels, label_columns = read_labels(labels_file, pictures, not_taken)
         notes.append(f"labels from {labels_file} ({label_columns})")
     elif top is not None and not unlabelled and not any(label is not None for label in labels):
@@ -953,8 +966,8 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         if missing:
             picture = pictures[missing[0]]
             raise DataError(f"{picture.path}/{picture.name} has no label, as {len(missing):,} of "
-                             f"{len(labels):,} pictures: give them labels, in "
-                             f"{labels_file or 'the source'}, take them out, or use --unlabelled.")
+                            f"{len(labels):,} pictures: give them labels, in "
+                            f"{labels_file or 'the source'}, take them out, or use --unlabelled.")
         pictures = [p._replace(label=label) for p, label in zip(pictures, labels)]
         pictures, classes, reading = number_classes(pictures, known)
         notes += [reading] if reading else []
@@ -962,7 +975,7 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
     else:
         if classes_file:
             raise DataError(f"{source} has no labels that --classes could number. Leave it out, "
-                             "or give --labels FILE.")
+                            "or give --labels FILE.")
         pictures = [p._replace(label=-1) for p in pictures]
         classes = None
         what = "without labels"

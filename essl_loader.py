@@ -2079,7 +2079,7 @@ OTHER_ENDING = ("file with another ending", "files with other endings")
 HIDDEN_FILE = ("hidden file", "hidden files")
 HIDDEN_FOLDER = ("hidden folder", "hidden folders")
 LINK_BACK = ("link back to a folder above it", "links back to a folder above them")
-SPECIAL_FILE = ("pipe, socket or device", "pipes, sockets or devices")
+SPECIAL_FILE = ("link, pipe or device", "links, pipes or devices")
 EMPTY_CLASS = ("class folder without a picture", "class folders without a picture")
 ARCHIVE = ("archive or table", "archives or tables")
 
@@ -2104,6 +2104,15 @@ class NotTaken:
         names[name] += 1
         self.inside[reason] += inside
         self.pictures += pictures + inside
+
+    def take_back(self, reason, name):
+        """One that was counted is taken after all."""
+        names = self.names.get(reason, Counter())
+        if names[name] > 0:
+            names[name] -= 1
+        self.names[reason] = +names  # without zeros
+        if not self.names[reason]:
+            del self.names[reason]
 
     def __str__(self):
         parts = []
