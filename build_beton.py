@@ -645,7 +645,7 @@ def find_pictures(source, columns, with_labels, not_taken):
     if loose:
         pictures = list(find_in_folder(root, loose))
         pictures.sort(key=lambda picture: folder_order(picture.name))
-        return pictures, "folder", ""
+        return pictures, "a folder", ""
     pictures = []
     for name in tables:
         with naming(root / name):
@@ -956,11 +956,11 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         folders = folder_classes(names, source, not_taken, top)
         if folders:
             labels = folders
-            words = "class folders" if words == "folder" else f"class folders in {words}"
+            words = "class folders" if words == "a folder" else f"class folders in {words}"
             deep = next((name for name in names if name[len(top):].count("/") > 1), None)
             if deep:
-                notes.append(f"folders in them are not ({os.path.dirname(deep)}); if the first are "
-                             "no classes either, add --unlabelled")
+                notes.append(f"folders in them are not ({os.path.dirname(deep)}); if the first "
+                             "are no classes either, add --unlabelled")
     if any(label is not None for label in labels):
         missing = [i for i, label in enumerate(labels) if label is None]
         if missing:
@@ -978,7 +978,7 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
                             "or give --labels FILE.")
         pictures = [p._replace(label=-1) for p in pictures]
         classes = None
-        what = "without labels"
+        what = "without labels" if unlabelled else "without labels: none were found"
     print_text("; ".join([f"found: {words}: {len(pictures):,} pictures {what}", *notes]))
     print_text(f"not taken: {not_taken}")
     return pictures, classes

@@ -7,6 +7,7 @@ that need a GPU.
 """
 import contextlib
 import copy
+import csv
 import ctypes
 import functools
 import gzip
@@ -298,6 +299,376 @@ def test_build_refuses_in_words(folder, tmp_path):
         words = ["--data-dir", tmp_path / source, "--out", tmp_path / "x.beton", *words]
         errors = built(*words, code=2)
         assert named in errors and errors.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
+
+
+X = b"a picture, which is not opened here"
+
+
+def put(root, files):
+    """Writes {path below root: bytes, or a str for a link}."""
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(data) if isinstance(data, str) else path.write_bytes(data)
+
+
+def table_of(features=None, **columns):
+    """The bytes of a parquet file; features: Hugging Face's, in its metadata."""
+    table = pyarrow.table(columns)
+    if features:
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})})
+    out = io.BytesIO()
+    parquet.write_table(table, out)
+    return out.getvalue()
+
+
+def linked_tar(*links):
+    """A tar of d/0.jpg and of links (name, kind, target)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        member = tarfile.TarInfo("d/0.jpg")
+        member.size = len(X)
+        tar.addfile(member, io.BytesIO(X))
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            member.linkname = target
+            tar.addfile(member)
+    return out.getvalue()
+
+
+def csv_of(*lines, encoding="utf-8"):
+    return "\n".join([*lines, ""]).encode(encoding)
+
+
+def found(root, classes=None, labels=None, source="in", **options):
+    """({name: class}, what is printed) of root's "in". classes: those of --classes."""
+    out = io.StringIO()
+    reader = type("Reader", (), {"classes": classes})
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(build_beton, "BetonReader", lambda path: reader)
+        labels = labels and root / labels
+        pictures, names = build_beton.find_data(root / source, labels, classes and root / "x.beton",
+                                                **options)
+    of = {p.name: None if names is None else names[p.label] for p in pictures}
+    assert len(of) == len(pictures) and all((p.label == -1) == (names is None) for p in pictures)
+    return of, out.getvalue()
+
+
+PNGS = {"in/a b.png": X, "in/c.PNG": X}
+TWO = {"a b.png": "tabby cat", "c.PNG": "lynx"}
+AB = {"in/x/0.jpg": X, "in/y/0.jpg": X}
+NUMBERS = sorted(map(str, range(12)))  # ImageFolder's order: 0, 1, 10, 11, 2, ...
+TAKEN = {  # files, {name: class}, words of the two lines, options
+    "hidden": ({"in/a.jpg": X, "in/.trash/b.jpg": X, "in/#recycle/deep/c.jpg": X, "in/._a.jpg": X,
+                "in/desktop.ini": X, "in/Makefile": X},
+               {"a.jpg": None}, ("2 hidden folders (#recycle, .trash) with 2 pictures",
+                                 "1 hidden file (._a.jpg)", ".ini", "no ending"), {}),
+    "hidden beside classes": ({"in/rose/a.jpg": X, "in/__MACOSX/rose/._a.jpg": X},
+                              {"rose/a.jpg": "rose"}, ("__MACOSX",), {}),
+    "years": ({"in/2021/07/a.jpg": X, "in/2022/b.jpg": X},
+              {"2021/07/a.jpg": "2021", "2022/b.jpg": "2022"},
+              ("class folders", "2021, 2022", "2021/07", "--unlabelled"), {}),
+    "years without labels": ({"in/2021/07/a.jpg": X, "in/2022/b.jpg": X, "in/c.jpg": X},
+                             {"2021/07/a.jpg": None, "2022/b.jpg": None, "c.jpg": None},
+                             ("3 pictures without labels",), dict(unlabelled=True)),
+    "endings": ({"in/oak/a.jfif": X, "in/oak/b.JPE": X, "in/fir/c.GIF": X, "in/fir/d.Jp2": X,
+                 "in/elm/e.cr2": X, "in/elm/notes": X, "in/film/f.mpg": X},
+                {"oak/a.jfif": "oak", "oak/b.JPE": "oak", "fir/c.GIF": "fir", "fir/d.Jp2": "fir"},
+                (".cr2", ".mpg", "no ending", "2 class folders without a picture (elm, film)"), {}),
+    "a folder with an ending": ({"in/a.png/b.jpg": X}, {"a.png/b.jpg": "a.png"}, (), {}),
+    "links": ({"in/ant/a.jpg": X, "in/bee": "ant", "in/ant/all": "..", "in/ant/gone.jpg": "nowhere",
+               "in/ant/gone.txt": "nowhere"},
+              {"ant/a.jpg": "ant", "ant/gone.jpg": "ant", "bee/a.jpg": "bee",
+               "bee/gone.jpg": "bee"},
+              ("2 links back", "ant/all", ".txt"), {}),
+    "one name in two forms": ({"in/cafe\u0301/0.jpg": X, "in/caf\u00e9/1.jpg": X},
+                              {"cafe\u0301/0.jpg": "caf\u00e9", "caf\u00e9/1.jpg": "caf\u00e9"},
+                              ("1 classes",), {}),
+    "semicolons and BOM": (PNGS | {"l": csv_of("photo;species", "a b.png;tabby cat", 'c;"lynx"',
+                                               encoding="utf-8-sig")},
+                           TWO, ("photo and species",), dict(labels="l")),
+    "UTF-16 and tabs": (PNGS | {"l": csv_of("a b.png\ttabby cat", "c.PNG\tlynx",
+                                            encoding="utf-16")},
+                        TWO, (), dict(labels="l")),
+    "an index": (PNGS | {"l": csv_of(",id,breed", "0,c,lynx", "1,a b,tabby cat")},
+                 TWO, ("id and breed",), dict(labels="l")),
+    "an index without header": (PNGS | {"l": csv_of("7,a b.png,tabby cat", "8,c.PNG,lynx")},
+                                TWO, (), dict(labels="l")),
+    "one-hot": (PNGS | {"l": csv_of("image,lynx,tabby cat,fox", "a b,0.0,1.0,0.0",
+                                    "c,1.0,0.0,0.0")},
+                TWO, ("one-hot",), dict(labels="l")),
+    "boxes": (PNGS | {"l": csv_of("ImageId,PredictionString", "a b,n07 1 2 3 4 n07 5 6 7 8 ",
+                                  "c,n02 0 0 9 9")},
+              {"a b.png": "n07", "c.PNG": "n02"}, (), dict(labels="l")),
+    "spaces": (PNGS | {"l": csv_of('"a b.png" cat', "sub/c.PNG  lynx", "gone.png fox")},
+               {"a b.png": "cat", "c.PNG": "lynx"},
+               ("1 label of a picture that is not there (gone)",), dict(labels="l")),
+    "a name with spaces": (PNGS | {"l": csv_of("a b.png cat", "c.PNG lynx")},
+                           {"a b.png": "cat", "c.PNG": "lynx"}, (), dict(labels="l")),
+    "names with commas": (PNGS | {"l": csv_of('"a b.png","cat, tabby"', "c,lynx")},
+                          {"a b.png": "cat, tabby", "c.PNG": "lynx"}, (), dict(labels="l")),
+    "the same name in two folders": (AB | {"l": csv_of("z/x/0.jpg,fox", "z\\y\\0.jpg,owl")},
+                                     {"x/0.jpg": "fox", "y/0.jpg": "owl"}, (), dict(labels="l")),
+    "labels beside the pictures": (PNGS | {"in/l.csv": csv_of("a b.png,tabby cat", "c.PNG,lynx")},
+                                   TWO, ("not taken: nothing",), dict(labels="in/l.csv")),
+    "whole floats": (PNGS | {"l": csv_of("a b.png,1.0", "c.PNG,0.0")},
+                     {"a b.png": "1", "c.PNG": "0"}, (), dict(labels="l")),
+    "numbers that are names": ({"in/0.parquet": table_of(image=[X, X, X], label=[2, 10, 3])},
+                               {"row 0": "2", "row 1": "10", "row 2": "3"}, ("names of classes",),
+                               dict(classes=NUMBERS)),
+    "numbers that are places": ({"in/0.parquet": table_of(image=[X, X], label=[1, 0])},
+                                {"row 0": "owl", "row 1": "fox"}, ("places in",),
+                                dict(classes=["fox", "owl"])),
+    "no label at all": (PNGS | {"l": csv_of("a b.png,-1", "c.PNG,-1")},
+                        {"a b.png": None, "c.PNG": None}, ("none were found",), dict(labels="l")),
+    "keys": ({"in/0.tar": tar_of([("k.img.JPG", X), ("k.CLS", b"fox\n"), ("m.jpg", X),
+                                  ("m.target.cls", b"owl"), ("n.1.jpg", X), ("n.1.cls", b"elk"),
+                                  ("n.2.jpg", X), ("n.2.cls", b"fox"), ("o.cls", b"owl")])},
+             {"k.img.JPG": "fox", "m.jpg": "owl", "n.1.jpg": "elk", "n.2.jpg": "fox"},
+             ("1 label without a picture (o.cls)",), {}),
+    "JSON": ({"in/0.tar": tar_of([("0.json", b'{"fine_label": 1, "caption": "x"}'), ("0.webp", X),
+                                  ("1.json", b'{"cls": 0}'), ("1.webp", X), ("all.json", b"[1,")])},
+             {"0.webp": "1", "1.webp": "0"}, (".json",), {}),
+    "two tars joined": ({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"0")])
+                         + tar_of([("1/0.jpg", X), ("1/0.cls", b"1")])},
+                        {"0.jpg": "0", "1/0.jpg": "1"}, (), {}),
+    "links in a tar": ({"in.tar": linked_tar(("d/1.jpg", tarfile.LNKTYPE, "d/0.jpg"),
+                                             ("e/2.jpg", tarfile.SYMTYPE, "../d/1.jpg"),
+                                             ("e/3.jpg", tarfile.SYMTYPE, "gone.jpg"),
+                                             ("e/d", tarfile.SYMTYPE, "../d"))},
+                       {"d/0.jpg": "d", "d/1.jpg": "d", "e/2.jpg": "e", "e/3.jpg": "e"},
+                       ("1 link,", "e/d"), dict(source="in.tar")),
+    "absolute names": ({"in/0.tar": tar_of([("/s/ant/0.jpg", X), ("./s/bee/1.jpg", X),
+                                            ("../s/ant/2.jpg", X), ("s/._bee.jpg", X)])},
+                       {"s/ant/0.jpg": "ant", "s/bee/1.jpg": "bee", "s/ant/2.jpg": "ant"},
+                       ("1 hidden file",), {}),
+    "shards without labels": ({f"in/{i}.tar": tar_of([(f"{i}.jpg", X), (f"{i}.txt", b"a dog")])
+                               for i in range(2)},
+                              {"0.jpg": None, "1.jpg": None}, ("2 tars", ".txt"), {}),
+    "shards in folders": ({f"in/{i}/0.tar": tar_of([(f"{i}.jpg", X), (f"{i}.cls", b"5")])
+                           for i in range(2)}, {"0.jpg": "5", "1.jpg": "5"}, ("2 tars",), {}),
+    "img2dataset": ({"in/0.tar": tar_of([("0.jpg", X), ("0.json", b'{"url": "u"}')]),
+                     "in/0.parquet": table_of(url=["u"]), "in/0_stats.json": b"{}"},
+                    {"0.jpg": None}, ("1 table without pictures (0.parquet)", ".json"), {}),
+    "a table beside folders": (AB | {"in/metadata.parquet": table_of(file_name=["x/0.jpg"])},
+                               {"x/0.jpg": "x", "y/0.jpg": "y"}, ("metadata.parquet",), {}),
+    "other columns": ({"in/0.parquet": table_of(img=[{"bytes": X, "path": "p.png"}], fine_label=[3],
+                                                coarse_label=[1], thumb=[X])},
+                      {"row 0/p.png": "3"}, ("img and fine_label",), {}),
+    "columns by type": ({"in/0.parquet": table_of({"kind": {"_type": "ClassLabel"}}, raw=[X],
+                                                  id=[7], kind=[1])},
+                        {"row 0": "1"}, ("raw and kind",), {}),
+    "columns by flag": ({"in/0.parquet": table_of(a=[X], b=[X], label=[7], species=["elk"])},
+                        {"row 0": "elk"}, ("b and species",), dict(columns=["b", "species"])),
+    "a table without labels": ({"in/0.parquet": table_of(image=[X], width=[9])}, {"row 0": None},
+                               ("column image",), {}),
+    "labels of a table": ({"in/0.parquet": table_of(image=[{"bytes": X, "path": "d/k.png"}]),
+                           "l": csv_of("k.png,elk")},
+                          {"row 0/d/k.png": "elk"}, (), dict(labels="l")),
+    "a pattern": ({f"in/{part}-{i}.parquet": table_of(image=[X], label=[i])
+                   for part, i in (("train", 0), ("test", 1))},
+                  {"row 0": "0"}, ("1 parquet file",), dict(source="in/train-*.parquet")),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_build_takes(tmp_path, case):
+    """What is taken, with which class, and what the two lines say of it and of the rest."""
+    files, expected, words, options = TAKEN[case]
+    put(tmp_path, files)
+    of, printed = found(tmp_path, **options)
+    assert of == expected
+    first, second = printed.splitlines()
+    assert first.startswith("found: ") and second.startswith("not taken: ")
+    assert not [word for word in words if word not in printed], printed
+
+
+def labels_case(*lines, encoding="utf-8", files=PNGS):
+    return files | {"l.csv": csv_of(*lines, encoding=encoding)}, dict(labels="l.csv")
+
+
+REFUSED = {  # files and options, words
+    "pictures above classes": (({"in/top.jpg": X} | AB, {}), ("top.jpg", "x/0.jpg", "--labels")),
+    "a folder of others": (({"in/a.jpg": X, "in/b.jpg": X, "in/thumbs/a.jpg": X}, {}),
+                           ("2 pictures", "thumbs/a.jpg", "--unlabelled")),
+    "a stray tar": ((AB | {"in/all.tar": tar_of([("0.jpg", X)])}, {}), ("2 pictures", "all.tar")),
+    "a stray table": ((AB | {"in/0.parquet": table_of(image=[X])}, {}),
+                      ("2 pictures", "0.parquet")),
+    "tars and tables": (({"in/0.tar": tar_of([("0.jpg", X)]), "in/1.parquet": table_of(img=[X])},
+                         {}), ("1 .tar", "1.parquet")),
+    "flat and folders in tars": (({"in/0.tar": tar_of([("elk/0.jpg", X)]),
+                                   "in/1.tar": tar_of([("1.jpg", X)])}, {}),
+                                 ("1.jpg", "elk/0.jpg")),
+    "a level too high": (({"in/Train/elk/0.jpg": X, "in/validation/elk/1.jpg": X}, {}),
+                         ("Train, validation", "in/Train")),
+    "a set alone": (({"in/test/0.jpg": X}, {}), ("in/test",)),
+    "sets in a tar": (({"in/0.tar": tar_of([("s/train/elk/0.jpg", X), ("s/val/elk/1.jpg", X)])},
+                       {}), ("train, val",)),
+    "tables of two sets": (({f"in/{name}-0000{i}-of-00002.parquet": table_of(image=[X], label=[0])
+                             for name in ("train", "validation") for i in range(2)}, {}),
+                           ('in/train-*-of-*.parquet"', 'in/validation-*-of-*.parquet"')),
+    "tars of two sets": (({f"in/s_{name}.tar": tar_of([("0.jpg", X)]) for name in ("train", "dev")},
+                          {}), ("s_train.tar", "s_dev.tar")),
+    "an archive that is compressed": (({"in.tar.gz": X}, dict(source="in.tar.gz")),
+                                      (".gz", "Unpack")),
+    "a pattern of nothing": (({"in/0.tar": X}, dict(source="in/1*.tar")), ("in/1*.tar",)),
+    "only other endings": (({"in/a.heic2": X, "in/.b/c.jpg": X}, {}), (".heic2", ".b")),
+    "two labels on a line": (labels_case("a b.png,cat", "c.PNG,lynx,fox"), ("l.csv", "line 2")),
+    "two labels behind a space": (labels_case("a_b.png cat", "c.PNG lynx fox"),
+                                  ("l.csv", "line 2")),
+    "two numbers": (labels_case("a b.png,1", "c.PNG,2 5"), ("l.csv", "line 2", "2 5")),
+    "a share": (labels_case("a b.png,0.5", "c.PNG,1"), ("l.csv", "line 1", "0.5")),
+    "two marks": (labels_case("file,cat,fox", "a b.png,1,1", "c.PNG,0,1"), ("l.csv", "line 2")),
+    "a label twice": (labels_case("a b.png,cat", "c.PNG,lynx", "a b.png,fox"), ("lines 1 and 3",)),
+    "bytes of Latin-1": (labels_case("a b.png,caf\u00e9", "c.PNG,x", encoding="latin-1"),
+                         ("l.csv", "line 1", "UTF-8")),
+    "UTF-16 without a mark": (labels_case("a b.png,cat", encoding="utf-16-le"), ("l.csv", "UTF-8")),
+    "an open quote": (labels_case('a b.png,"cat', "c.PNG,lynx"), ("l.csv", "quotes")),
+    "a picture without a line": (labels_case("a b.png,cat"), ("in/c.PNG has no label", "1 of 2")),
+    "an empty cell": (labels_case("file,label", "a b.png,", "c.PNG,lynx"), ("in/a b.png has no",)),
+    "other names": (labels_case("d.png,cat", "e.png,fox"), ("l.csv", "d.png", "a b.png")),
+    "which column": (labels_case("image,dx,age", "a b.png,mel,50", "c.PNG,nv,60"),
+                     ("dx, age", "label")),
+    "a line for two": (labels_case("0.jpg,fox", files=AB), ("l.csv", "x/0.jpg", "y/0.jpg")),
+    "numbers and names": (labels_case("a b.png,7", "c.PNG,lynx"),
+                          ("a b.png", "7", "c.PNG", "lynx")),
+    "no class of that name": ((PNGS | {"l.csv": csv_of("a b.png,cat", "c.PNG,fox")},
+                               dict(labels="l.csv", classes=["cat"])),
+                              ("c.PNG", "fox", "--classes")),
+    "classes without labels": ((PNGS, dict(classes=["cat"])), ("--classes", "--labels")),
+    "a picture without KEY.cls": (({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"1"), ("1.jpg", X),
+                                                        ("n.1.cls", b"1"), ("n.2.jpg", X)])}, {}),
+                                  ("1.jpg has no label", "2 of 3")),
+    "two KEY.cls": (({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"1"), ("0.cls", b"2")])}, {}),
+                    ("0.tar", "0.cls")),
+    "a list in JSON": (({"in/0.tar": tar_of([("0.jpg", X), ("0.json", b'{"label": [1, 2]}')])}, {}),
+                       ("0.json", "[1, 2]")),
+    "bytes in KEY.cls": (({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"\xe9")])}, {}),
+                         ("0.cls", "UTF-8")),
+    "something behind a tar": (({"in/0.tar": tar_of([("0.jpg", X)]) + b"x" * 600}, {}), ("0.tar",)),
+    "lists in a column": (({"in/0.parquet": table_of(image=[X], label=[[1, 2]])}, {}),
+                          ("0.parquet", "row 0", "label")),
+    "labels for some": (({"in/0.parquet": table_of(image=[X, X], label=[-1, 4])}, {}),
+                        ("row 0 has no label",)),
+    "a large number": (({"in/0.parquet": table_of(image=[X], label=[10 ** 12])}, {}),
+                       ("row 0", "1000000000000")),
+    "a negative number": (({"in/0.parquet": table_of(image=[X], label=[-7])}, {}), ("row 0", "-7")),
+    "two columns of pictures": (({"in/0.parquet": table_of(left=[X], right=[X])}, {}),
+                                ("left, right", "--columns")),
+    "no such column": (({"in/0.parquet": table_of(image=[X])}, dict(columns=["image", "y"])),
+                       ("y", "--columns")),
+    "a column of paths": (({"in/0.parquet": table_of(image=["a.jpg"], label=[0])}, {}),
+                          ("0.parquet", "column of bytes")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_build_refuses(tmp_path, case):
+    """A source that fits no rule is refused, with both halves, or the picture, and a way on."""
+    (files, options), words = REFUSED[case]
+    put(tmp_path, files)
+    with pytest.raises(DataError) as raised:
+        found(tmp_path, **options)
+    message = str(raised.value)
+    assert not [word for word in words if word not in message], message
+    assert "\n" not in message and str(tmp_path) in message
+
+
+def random_source(rng, root):
+    """Writes a random source -> ({name: class, None for none} of the pictures that fit its rule,
+    number of all pictures, options, whether something does not fit)."""
+    letters = list("abcdefgh \u00e9._-,;'")
+    truth = {}
+    strange = False
+
+    def word():
+        return rng.choice(letters[:8]) + "".join(rng.choice(letters, rng.integers(0, 6))) + "z"
+    classes = [f"{word()}{i}" for i in range(4)]
+    kind = rng.choice(["tree", "flat", "csv", "shards", "tar", "table"])
+    members = []
+    for i in range(rng.integers(2, 12)):
+        ending = rng.choice([".jpg", ".PNG", ".jfif", ".Gif"])
+        label = classes[i] if i < 2 else str(rng.choice(classes))
+        stem = f"{word()}{i}"
+        if kind == "shards":
+            stem = stem.replace(".", "")
+        name = stem + ending
+        if kind in ("tree", "tar"):
+            name = f"{label}/{'deep/' * int(rng.integers(2))}{name}"
+        members.append((name, label))
+        truth[name] = None if kind == "flat" else label
+    total = len(members)
+    junk = {}
+    for i in range(rng.integers(0, 5)):  # what is not taken
+        place = rng.choice([".cache/", "@eaDir/x/", "._", ""])
+        ending = rng.choice([".jpg", ".txt", ".cr2", ""]) if place else ".md"
+        junk[f"{place}{word()}{i}{ending}"] = X
+        total += ending == ".jpg"
+    files = {}
+    options = {}
+    if kind in ("tree", "flat", "csv"):
+        files = {f"in/{name}": X for name, _ in members} | {f"in/{k}": v for k, v in junk.items()}
+        if kind == "tree" and rng.random() < 0.2:
+            files["in/stray.jpg"] = X
+            strange = True
+        if kind == "csv":
+            rows = [[name, label] for name, label in members]
+            if rng.random() < 0.2 and len(rows) > 1:
+                rows.pop(rng.integers(len(rows)))
+                strange = True
+            rng.shuffle(rows)
+            out = io.StringIO()
+            writer = csv.writer(out, delimiter=str(rng.choice(list(",;\t|"))))
+            if rng.random() < 0.5:
+                writer.writerow(["filename", "label"])
+            writer.writerows(rows)
+            files["labels"] = out.getvalue().encode(rng.choice(["utf-8", "utf-8-sig", "utf-16"]))
+            options["labels"] = "labels"
+    elif kind == "table":
+        rows = [{"bytes": X, "path": name} for name, _ in members]
+        truth = {f"row {i}/{name}": label for i, (name, label) in enumerate(members)}
+        files["in/0.parquet"] = table_of(image=rows, label=[label for _, label in members])
+        files |= {f"in/{k}": v for k, v in junk.items()}
+    else:
+        parts = [[] for _ in range(rng.integers(1, 3))]
+        for name, label in members:
+            part = parts[rng.integers(len(parts))]
+            part.append((name, X))
+            if kind == "shards":
+                part.insert(rng.integers(len(part) + 1), (f"{name[:-len(Path(name).suffix)]}.cls",
+                                                          label.encode()))
+        parts[0] += junk.items()
+        parts = [part for part in parts if part]
+        if rng.random() < 0.5:
+            files["in/0.tar"] = b"".join(map(tar_of, parts))
+        else:
+            files |= {f"in/{i}.tar": tar_of(part) for i, part in enumerate(parts)}
+    put(root, files)
+    return truth, total, options, strange
+
+
+def test_build_accounts_for_every_picture(tmp_path):
+    """Of 300 random trees, tars and tables: each picture is taken with its own class, or counted as
+    not taken; what fits no rule is refused."""
+    rng = np.random.default_rng(25)
+    for number in range(300):
+        root = tmp_path / str(number)
+        truth, total, options, strange = random_source(rng, root)
+        not_taken = essl_loader.NotTaken()
+        if strange:
+            with pytest.raises(DataError):
+                found(root, not_taken=not_taken, **options)
+            continue
+        of, printed = found(root, not_taken=not_taken, **options)
+        assert of == truth, (number, printed)
+        assert len(of) + not_taken.pictures == total, (number, printed)
+        if (root / "in/0.tar").exists() or (root / "in/0.parquet").exists() or options:
+            continue
+        loader = FolderLoader(root / "in", 1, num_workers=1)  # sees the same
+        classes = loader.classes or [None]
+        assert {name: classes[label] for name, label in zip(loader.names, loader.labels)} == of
 
 
 @pytest.mark.parametrize("words", [[], ["--lossless"]])
