@@ -1755,8 +1755,9 @@ class EpochLoader(contextlib.AbstractContextManager):
         array = np.asarray(indices)
         whole = array.dtype.kind in "iu" and array.ndim == 1 and array.size
         if not (whole and array.min() >= 0 and array.max() < total):
-            raise ValueError(f"indices={indices!r}: expected a list of samples, whole numbers from "
-                             f"0 to {total - 1}. Of a mask take np.flatnonzero(mask).")
+            raise ValueError(f"indices of type {array.dtype} and shape {array.shape}: expected a "
+                             f"list of samples, whole numbers from 0 to {total - 1}. Of a mask "
+                             "take np.flatnonzero(mask).")
         self._indices = array.astype(np.int64)
         self._indices.flags.writeable = False  # a change in place would not be seen
         # Orders are drawn with the excluded samples and leave them out afterwards, so that a run

@@ -671,6 +671,99 @@ def test_build_accounts_for_every_picture(tmp_path):
         assert {name: classes[label] for name, label in zip(loader.names, loader.labels)} == of
 
 
+def test_build_unlabelled_and_names(tmp_path):
+    """Pictures without labels get -1 and classes null; each sample's name, also one that is not
+    UTF-8, leads back to its picture, in messages too; what is not taken is in the last line."""
+    rng = np.random.default_rng(8)
+    names = ["a.png", "b \u00e9.png", os.fsdecode(b"c\xff.png"), "d.png"]
+    pictures = {name: jpeg_of(draw(rng, 50, 40 + i)) for i, name in enumerate(names)}
+    put(tmp_path / "in", pictures | {".thumbs/a.png": X})
+    put(tmp_path / "tars", {f"{i}.tar": tar_of([(name, pictures[name])])
+                            for i, name in enumerate(names)})
+    out = built("--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton", "--limit", 3)
+    assert "3 images, no labels" in out and "0 left out, 2 not taken" in out.splitlines()[-1]
+    built("--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton", "--max-resolution", 49)
+    built("--data-dir", tmp_path / "tars", "--out", tmp_path / "y.beton", "--unlabelled")
+    for path, expected in (("x.beton", names), ("y.beton", [f"{i}.tar/{name}" for i, name
+                                                            in enumerate(names)])):
+        loader = ESSLLoader(tmp_path / path, 4, res=32)
+        assert json.loads((tmp_path / f"{path}.json").read_text())["classes"] is None
+        assert loader.classes is None and (next(iter(loader))[1] == -1).all()
+        assert list(loader.names) == expected and loader.names[-1] == expected[3]
+        assert [loader.reader.heights[i] for i in range(4)] == [40, 41, 42, 43] or path[0] == "x"
+        with pytest.raises(IndexError):
+            loader.names[4]
+    bad = spoil(tmp_path / "x.beton", tmp_path / "z.beton", 1)
+    for ending in (".json", ".names"):
+        shutil.copy(tmp_path / f"x.beton{ending}", f"{bad}{ending}")
+    with pytest.raises(DataError, match=r"z.beton: sample 1 \(b \u00e9.png\): "):
+        list(ESSLLoader(bad, 4, res=32))
+    assert "sample 1 (b \u00e9.png): " in built("--verify", bad, code=1)
+
+
+def test_build_replaces_only_its_own_files(folder, tmp_path):
+    """A user's file in the place of the .beton, its sidecar or names stops the build at once; an
+    x.json is never touched, but one of an earlier version is to be renamed; names are checked."""
+    words = ["--data-dir", folder / "val", "--out", tmp_path / "x.beton"]
+    mine = b'{"lr": 0.1}'
+    (tmp_path / "x.json").write_bytes(mine)
+    for name in ("x.beton", "x.beton.json", "x.beton.names"):
+        (tmp_path / name).write_bytes(mine)
+        errors = built(*words, code=2)
+        assert f"{name} exists" in errors and "--out" in errors
+        assert (tmp_path / name).read_bytes() == mine and len(os.listdir(tmp_path)) == 2
+        (tmp_path / name).unlink()
+    built(*words)
+    built(*words)  # again: these are ours
+    assert (tmp_path / "x.json").read_bytes() == mine and len(BetonReader(words[-1]).classes) == 2
+    os.replace(tmp_path / "x.beton.json", tmp_path / "x.json")
+    with pytest.raises(DataError, match="mv '.*x.json' '.*x.beton.json'"):
+        BetonReader(words[-1])
+    os.replace(tmp_path / "x.json", tmp_path / "x.beton.json")
+    names = tmp_path / "x.beton.names"
+    data = bytearray(names.read_bytes())
+    data[-1] ^= 1
+    names.write_bytes(data)
+    assert "x.beton.names" in built("--verify", words[-1], code=1)
+    for other in (shutil.copy(folder / "train.beton.names", tmp_path), data[:-1], b""):
+        names.write_bytes(Path(other).read_bytes() if isinstance(other, Path | str) else other)
+        with pytest.raises(DataError, match="x.beton.names: not the names"):
+            BetonReader(words[-1])
+
+
+def test_build_says_what_a_machine_lacks(folder, tmp_path, monkeypatch):
+    """A small /dev/shm, an unreadable folder, pictures beyond the limit of pixels, a pattern that
+    the shell expanded, a class that --skip-bad empties: each is named."""
+    words = ["--data-dir", folder / "val", "--out", tmp_path / "x.beton"]
+    small = os.statvfs_result((4096, 4096, 1, 1, 1, 0, 0, 0, 0, 255))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: small)
+        assert "/dev/shm" in built(*words, code=2)
+        with pytest.raises(DataError, match="/dev/shm"):
+            list(FolderLoader(folder / "val", 2))
+    with monkeypatch.context() as patch:
+        scandir = os.scandir
+
+        def refusing(path):
+            if str(path).endswith("/light"):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+        patch.setattr(os, "scandir", refusing)
+        assert "val/light: this folder cannot be read" in built(*words, code=2)
+    put(tmp_path, {f"in/{name}/0.jpg": jpeg_of(Image.new("RGB", (side, side)))
+                   for name, side in (("big", 60), ("small", 40))})
+    words = ["--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # given back at the end
+        patch.setattr(build_beton, "MAX_PIXELS", 2000)
+        assert "big/0.jpg: Image size (3600 pixels)" in built(*words, code=2)
+        out = built(*words, "--skip-bad")
+        assert "classes without a picture: 1 (big)" in out and "1 left out" in out
+    several = built("--data-dir", "a.tar", "b.tar", "--out", tmp_path / "x.beton", code=2)
+    assert "quotes" in several
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("words", [[], ["--lossless"]])
 def test_build_names_every_bad_picture(tmp_path, monkeypatch, words):
     """All bad pictures are named at once, nothing is written; --skip-bad leaves them out."""
@@ -1047,6 +1140,70 @@ def test_loader_folder_loader_has_the_same_surface(folder):
     for child in multiprocessing.active_children():  # as torchrun does: the run ends its step
         child.terminate()
     assert len(list(batches)) == 3 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_loader_folder_loader_refuses_what_the_builder_refuses(tmp_path):
+    """16-bit grey and float pictures, which a conversion would clip; pictures without folders have
+    no label."""
+    Image.fromarray(np.full((9, 9), 999, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "float.tiff")
+    loader = FolderLoader(tmp_path, 1, train=False, res=8, num_workers=1)
+    assert loader.labels.tolist() == [-1, -1] and loader.classes is None
+    for i, name in enumerate(("deep.png", "float.tiff")):
+        loader.indices = [i]
+        with pytest.raises(DataError, match=f"{name}: .*8 bits"):
+            list(loader)
+
+
+def test_loader_indices_are_checked_when_set(beton):
+    """Another length works from the next epoch on; what is no list of samples is refused."""
+    loader = ESSLLoader(beton, 4, train=False, res=16, indices=[3, 1])
+    assert [labels.tolist() for _, labels in loader] == [[3, 1]]
+    loader.indices = np.arange(30, 39)
+    assert len(loader) == 3 and torch.cat([y for _, y in loader]).tolist() == list(range(30, 39))
+    for wrong in (np.ones(40, bool), [True, False], [0.0, 1.0], [40], [-1], [], [[1, 2]], 3,
+                  [2 ** 63], ["1"]):
+        with pytest.raises(ValueError, match="indices of .*0 to 39.*flatnonzero"):
+            loader.indices = wrong
+        with pytest.raises(ValueError, match="indices of"):
+            ESSLLoader(beton, 4, indices=wrong)
+    with pytest.raises(ValueError):
+        loader.indices[0] = 99
+    assert loader.num_samples == 9
+    train = ESSLLoader(beton, 4, res=16)
+    train.indices = [5]
+    with pytest.raises(DataError, match="do not fill one batch"):
+        list(train)
+
+
+def test_loader_says_what_is_wrong_with_labels(tmp_path):
+    """Labels of -1, of 10 ** 12 and of one class in FFCV's files are named before training, for
+    both sets; a file without a label field has none."""
+    picture = (0, 16, 16, jpeg_of(Image.new("RGB", (16, 16))))
+
+    def labelled(name, *labels):
+        path = write_beton(tmp_path / name, [picture] * len(labels))
+        data = bytearray(path.read_bytes())
+        start = essl_loader.HEADER.itemsize + 2 * essl_loader.FIELD.itemsize
+        samples = np.frombuffer(data, essl_loader.SAMPLE, len(labels), start)
+        samples["label"] = labels
+        path.write_bytes(data)
+        return open_loader(path, 1)
+    good = labelled("good.beton", 0, 1, 2)
+    essl_loader.check_classes(good, labelled("val.beton", 1, 0))
+    for labels, words in (((-1, -1), "no labels"), ((0, -1, 1), "sample 1"),
+                          ((0, 10 ** 12), "up to"), ((5, 5), "one class")):
+        bad = labelled("bad.beton", *labels)
+        with pytest.raises(DataError, match=f"bad.beton.*{words}.*--labels"):
+            essl_loader.check_classes(bad, good)
+    for labels, words in (((0, -1), "sample 1"), ((0, 3), "0 to 3")):
+        with pytest.raises(DataError, match=f"bad.beton.*{words}"):
+            essl_loader.check_classes(good, labelled("bad.beton", *labels))
+    data = bytearray((tmp_path / "good.beton").read_bytes())
+    second = essl_loader.HEADER.itemsize + essl_loader.FIELD.itemsize
+    data[second] = 0  # the field's type: float64
+    (tmp_path / "float.beton").write_bytes(data)
+    assert BetonReader(tmp_path / "float.beton").labels.tolist() == [-1] * 3
 
 
 def test_loader_pages_order_reads_windows(tmp_path, monkeypatch):
@@ -1778,7 +1935,7 @@ def test_training_steps_keep_to_one_device():
             assert out.device.type == "cuda"
 
 
-def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch):
+def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch, capsys):
     """A flat folder without a probe, the paper's probe, weights to start from, a checkpoint that
     does not know a setting, which is its default, and a scheme of four stages."""
     state = torch.load(unbroken / "last.pt", weights_only=True)
@@ -1796,6 +1953,7 @@ def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch)
     for name, words in runs.items():
         assert pretrain_here(folder, tmp_path / name, *words) == 0
         logs[name] = list(log_of(tmp_path / name).values())
+    assert "dark has no labels: there is no online probe" in capsys.readouterr().out
     assert "probe_top1" not in logs["flat"][-1] and "probe_top1" in logs["full"][-1]
     assert logs["init"][0]["loss"] < logs["full"][0]["loss"]
     assert all(math.isfinite(line["loss"]) for line in logs["four"])
@@ -1847,12 +2005,15 @@ def test_pretrain_refuses_in_words(folder, tmp_path, capsys):
     cut.write_bytes((folder / "train.beton").read_bytes()[:-100])
     bad = spoil(folder / "train.beton", tmp_path / "bad.beton", 5)
     (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    built("--data-dir", folder / "val", "--out", tmp_path / "1.beton", "--limit", 1)
     for words, expected in (
             (["--data", "data/train_500_95.beton"], "--demo"), (["--data", cut], "cut.beton"),
             (["--data", bad], "bad.beton: sample 5"), (["--output-dir", cut / "run"], "cut.beton"),
             (["--input-size", 60], "60 pixels"), (["--stages", .5, .5, .5], "sum to 1"),
             (["--mask-ratio", 1.0], "mask ratio 1.0"), (["--mask-ratio", -0.1], "mask ratio -0.1"),
             (["--stages", .5, .5], "as many"),
+            (["--batch-size", 1], "--probe off"), (["--val-data", tmp_path / "1.beton"], "--probe off"),
+            (["--val-data", folder / "val/dark"], "--labels"),
             (["--output-dir", tmp_path], "--resume none")):
         words = flags(pretrain, folder, tmp_path / "x", *words)
         with pytest.raises((ValueError, OSError, SystemExit)) as raised:
@@ -1943,11 +2104,15 @@ def test_finetune_evaluates_an_epoch_that_died_in_evaluation(folder, mae, tmp_pa
 
 
 def test_finetune_refuses_other_data(folder, mae, unbroken, beton, tmp_path):
-    """Labels beyond the head, other class names, one class, a checkpoint without a head or of
-    another script: said in words."""
+    """Labels beyond the head, other class names, one class, no labels, a checkpoint without a head
+    or of another script: said in words."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/dark").symlink_to(folder / "train/dark")
     for words, word in ((["--val-data", beton], "labels 0 to 39"),
-                        (["--val-data", folder / "train/dark"], "differ in light"),
-                        (["--data", folder / "train/dark"], "one class"),
+                        (["--val-data", tmp_path / "one"], "differ in light"),
+                        (["--val-data", folder / "train/dark"], "without a label"),
+                        (["--data", folder / "train/dark"], "no labels"),
+                        (["--data", tmp_path / "one"], "one class"),
                         (["--resume", unbroken / "last.pt"], "other settings")):
         with pytest.raises(ValueError, match=word):
             train(finetune, *flags(finetune, folder, tmp_path, *words))
@@ -2011,6 +2176,27 @@ def test_linprobe_stores_the_models_features(folder, mae, tmp_path):
     assert results[0] == results[1] and json.loads(results[0])["n"] == 13
 
 
+def test_linprobe_features_lead_back_to_pictures(folder, mae, tmp_path):
+    """--features writes each picture's features, label and name, also where there is no label."""
+    for name, data, labels in (("a", folder / "val.beton", [0] * 7 + [1] * 6),
+                               ("b", folder / "val/dark", [-1] * 7)):
+        path = tmp_path / f"{name}.npz"
+        words = flags(linprobe, folder, tmp_path / "run", "--data", data, "--features", path,
+                      "--pool", "mean")
+        assert train(linprobe, *words) == 0
+        with pytest.raises(DataError, match=f"{name}.npz exists"):
+            train(linprobe, *words)
+        arrays = np.load(path)
+        pictures = [Path(data.parent / data.stem, name) for name in arrays["names"]]
+        assert pictures == sorted((folder / "val").glob(f"{'*' if name == 'a' else 'dark'}/*.png"))
+        assert arrays["labels"].tolist() == labels and arrays["samples"].tolist() == [
+            *range(len(labels))]
+        images, _ = next(iter(open_loader(data, 64, train=False, res=32)))
+        expected = mae.features(images).detach().numpy()
+        np.testing.assert_allclose(arrays["features"], expected, rtol=0.01, atol=0.01)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path):
     """A finished probe measures another held-out set; other weights under its path are refused."""
     path = shutil.copy(folder / "mae.pt", tmp_path)
@@ -2019,6 +2205,9 @@ def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path):
     assert train(linprobe, *words, "--val-data", folder / "train") == 0
     rows = [json.loads(row) for row in (tmp_path / "run/results.jsonl").open()]
     assert [row["n"] for row in rows] == [13, 64]
+    for bad in (["--batch-size", 1, "--total-batch", 1], ["--data", folder / "train/dark"]):
+        with pytest.raises(DataError, match="BatchNorm|no labels"):
+            train(linprobe, *words, *bad)
     state = torch.load(path, weights_only=True)
     state["modules"]["model.norm.weight"] *= 1.01
     torch.save(state, path)
