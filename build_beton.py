@@ -418,7 +418,7 @@ def read_member_label(name, ending, data):
     try:
         return parse_label(data) if ending == ".cls" else find_label_in_json(data)
     except DataError as error:
-        return DataError(f"{name}: {error}")
+        return DataError(f"{name}: {error}. Mend it, or add --unlabelled")
 
 
 def find_places(file, begin, named, links):
@@ -528,7 +528,8 @@ def find_in_parquet(path, columns, with_labels):
             try:
                 value = parse_label(labels[row])
             except DataError as error:
-                raise DataError(f"row {number - 1}, column {label}: {error}") from None
+                raise DataError(f"row {number - 1}, column {label}: {error}. Give another column "
+                                "by --columns, or add --unlabelled") from None
             yield RowPicture(str(path), name, value, group, row, image)
 
 
@@ -634,7 +635,7 @@ def find_pictures(source, columns, with_labels, not_taken):
     tables = [name for name in archives if ending_of(name) == ".parquet"]
     tables = keep_tables_of_pictures(root, tables, tars, columns, not_taken)
     halves = [f"{len(names):,} {kind} ({min(names)})" for kind, names in (
-        ("pictures", loose), (".tar files", tars), (".parquet files", tables)) if names]
+        ("pictures", loose), (".tar", tars), (".parquet", tables)) if names]
     if len(halves) > 1:
         raise DataError(f"{source} holds {' and '.join(halves)}: which of them are the data? Move "
                         "the others away, or give a pattern for archives alone: --data-dir "
@@ -771,9 +772,10 @@ def read_rows(path, bases, endings):
 def choose_label_columns(path, rows, names_picture):
     """(number of the column of file names, that of labels or {column: class}, in words, rows).
 
-    A first line that names no picture but a known column is a header. Then FILE_NAMES and
-    LABEL_NAMES say which, or the only other column; columns of 0 and 1 are one-hot classes.
-    Without a header: file name, then class, perhaps behind a column that counts the lines.
+    The first line is a header if it names columns of FILE_NAMES and LABEL_NAMES, or one of them
+    and no picture. Then these are the columns, or the only other one; columns of 0 and 1 are
+    one-hot classes. Without a header: file name, then class, perhaps behind a column that counts
+    the lines.
     """
     count = len(rows[0][1])
     for line, cells in rows:
@@ -784,8 +786,10 @@ def choose_label_columns(path, rows, names_picture):
                             "a picture has one class. Put quotes around a name with a separator.")
     first = [cell.casefold() for cell in rows[0][1]]
     known = set(FILE_NAMES) | set(LABEL_NAMES) | set(INDEX_NAMES)
+    has_both = not set(FILE_NAMES).isdisjoint(first) and not set(LABEL_NAMES).isdisjoint(first)
+    has_one = not known.isdisjoint(first) and not any(map(names_picture, rows[0][1]))
     columns = range(count)
-    if any(map(names_picture, rows[0][1])) or not known & set(first):
+    if not (has_both or has_one):
         columns = [column for column in columns if any(cells[column] for _, cells in rows)]
         numbers = [cells[columns[0]] for _, cells in rows]
         start = int(numbers[0]) if numbers[0].isdecimal() else 0
@@ -799,6 +803,8 @@ def choose_label_columns(path, rows, names_picture):
         return *columns, "file name, then class", rows
     header = rows[0][1]
     rows = rows[1:]
+    if not rows:
+        raise DataError(f"{path} holds a header alone: expected lines of file name and class.")
     columns = [column for column in columns if first[column] not in INDEX_NAMES]
     files = [first.index(name) for name in FILE_NAMES if name in first]
     naming_files = (column for column in files
@@ -864,8 +870,8 @@ def read_labels(path, pictures, not_taken):
         base = base_of(key)
         lines = lines_of.get(base, {})
         if len(lines) > 1 or count_of[base] > 1:
-            lines = {path: value for path, value in lines.items()
-                     if f"/{path}".endswith(f"/{key}") or f"/{key}".endswith(f"/{path}")}
+            lines = {name: value for name, value in lines.items()
+                     if f"/{name}".endswith(f"/{key}") or f"/{key}".endswith(f"/{name}")}
         for name in lines:
             if used.setdefault(name, picture) is not picture:
                 raise DataError(f"{path}: {name} may be {used[name].name} or {picture.name}: write "
@@ -922,6 +928,10 @@ def number_classes(pictures, known):
         raise DataError(f"there are {len(classes):,} classes, such as {classes[0]}: are these "
                         "labels? At most 100,000 are taken; --unlabelled takes none.")
     for label, picture in example.items():
+        if known is None and isinstance(label, int) and label >= MAX_CLASSES:
+            raise DataError(f"{picture.path}/{picture.name} has the label {label:,}, but numbers "
+                            f"of classes end at {MAX_CLASSES - 1:,}. Is it another number? Give "
+                            "labels by --columns or --labels FILE, or add --unlabelled.")
         if label not in number_of:
             raise DataError(f"{picture.path}/{picture.name} has the label {label!r}, none of the "
                             f"{len(classes):,} classes. Change it, or use --classes with a file "
@@ -965,9 +975,10 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         missing = [i for i, label in enumerate(labels) if label is None]
         if missing:
             picture = pictures[missing[0]]
-            raise DataError(f"{picture.path}/{picture.name} has no label, as {len(missing):,} of "
-                            f"{len(labels):,} pictures: give them labels, in "
-                            f"{labels_file or 'the source'}, take them out, or use --unlabelled.")
+            raise DataError(f"{picture.path}/{picture.name} has no label: {len(missing):,} of "
+                            f"{len(labels):,} pictures have none. Add their labels to "
+                            f"{labels_file or 'the source'}, take these pictures out, or add "
+                            "--unlabelled, which takes no labels at all.")
         pictures = [p._replace(label=label) for p, label in zip(pictures, labels)]
         pictures, classes, reading = number_classes(pictures, known)
         notes += [reading] if reading else []

@@ -2249,7 +2249,7 @@ def folder_classes(names, source, not_taken, top=""):
     if len(sets) > 1 or all(set_of.values()):
         found = sorted(name for name in classes if set_of[name])
         one_set = os.path.join(source, found[0])
-        way = f"Give one set: {one_set}"
+        way = f"Give the folder of one set, {one_set}"
         if not os.path.isdir(one_set):
             way = f"Make an archive of {found[0]} alone"
         raise DataError(f"{source} holds {', '.join(found)}: these are sets, not classes. {way}. "
