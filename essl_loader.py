@@ -20,14 +20,17 @@ import operator
 import os
 import queue
 import random
+import re
 import shlex
 import signal
 import sys
 import threading
 import time
+import unicodedata
 import weakref
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,6 +74,15 @@ FORMAT_AT = TRAILER.fields["format"][1]
 FORMAT_WORD = int.from_bytes(INDEX_FORMAT, "little")
 FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # type ids that this reader knows
 MAX_PIXELS_PER_BYTE = 1024  # of a JPEG: each 8x8 block takes a bit or more
+# Beside x.beton: x.beton.json, the sidecar, and x.beton.names, the samples' names, which is this
+# header, count + 1 offsets (u8) into the text behind them, and the text in UTF-8.
+NAMES_HEADER = np.dtype([  # checksum: the .beton's; crc: of the offsets and the text
+    ("magic", "S8"), ("checksum", "<u4"), ("crc", "<u4"), ("count", "<u8")])
+NAMES_MAGIC = b"ESSLNAME"
+MAX_CLASSES = 100_000  # a label beyond it is a number of something else
+LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "class_label", "class_name",
+               "classname", "fine_label", "target", "category", "species", "breed",
+               "predictionstring")  # of columns and JSON keys that hold labels, in this order
 
 
 def tables_checksum(header, settings, samples, alloc):
@@ -85,6 +97,27 @@ def tables_checksum(header, settings, samples, alloc):
 
 class DataError(ValueError):
     """What is wrong with a data file or folder, where, and what to do about it, in words."""
+
+
+def sidecar_of(path: str | Path) -> Path:
+    """Where class names, build settings and excluded samples of a .beton lie."""
+    return Path(f"{path}.json")
+
+
+def is_sidecar(content) -> bool:
+    """Whether JSON content is a sidecar of ours, not a file of the user's."""
+    keys = set(content) if isinstance(content, dict) else set()
+    return "classes" in keys and bool(keys & {"settings", "excluded"})
+
+
+def names_of(path: str | Path) -> Path:
+    """Where the samples' names of a .beton lie."""
+    return Path(f"{path}.names")
+
+
+def one_name(name):
+    """A class's name, or None, in Unicode's NFC: macOS writes e and its accent as two letters."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
 # --- C library: libjpeg-turbo, called from the kernels without the GIL
@@ -1715,13 +1748,54 @@ def is_intact(sample: bytes) -> bool:
     return bool(trailer["format"] == INDEX_FORMAT and trailer["crc32"] == checksum)
 
 
+class Names(Sequence):
+    """The samples' names of a .beton, read from a mapped file when they are asked for."""
+
+    def __init__(self, path, checksum, count):
+        self.path = path
+        wrong = DataError(f"{path}: not the names of the .beton beside it. Build both again, or "
+                          "remove this file to go on without names.")
+        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        start = NAMES_HEADER.itemsize
+        text_start = start + 8 * (count + 1)
+        if len(data) < text_start:
+            raise wrong
+        header = data[:start].view(NAMES_HEADER)[0]
+        if header["magic"] != NAMES_MAGIC or header["checksum"] != checksum:
+            raise wrong
+        self._content = memoryview(data[start:])  # five times as fast as an array is
+        self._offsets = self._content[:text_start - start].cast("Q")
+        self._text = self._content[text_start - start:]
+        if header["count"] != count or self._offsets[-1] != len(self._text):
+            raise wrong
+        self._crc = int(header["crc"])
+
+    def __len__(self):
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i):
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.path}: name {i} of {len(self):,}")
+        i %= len(self)
+        name = bytes(self._text[self._offsets[i]:self._offsets[i + 1]])
+        # A file's name need not be UTF-8; os.fsdecode turns such bytes into the same characters
+        return name.decode("utf-8", "surrogateescape")
+
+    def check(self):
+        """Reads all of it. DataError if a bit of it is not as it was written."""
+        if zlib.crc32(self._content) != self._crc:
+            raise DataError(f"{self.path}: it does not match its checksum. Copy it again, or "
+                            "remove it to go on without names.")
+
+
 class BetonReader:
     """A .beton file's tables, checked against the file, and its single samples.
 
-    Attributes: num_samples; labels, widths, heights, modes, ptrs, sizes (int64, one entry a
-    sample); settings (build_beton.py's, empty for FFCV's own files); classes (names or None);
-    excluded (sorted int64: samples that `build_beton.py --verify FILE --exclude-bad` found damaged,
-    which loaders leave out). Raises DataError that says what is wrong, where, and what to do.
+    Attributes: num_samples; labels (-1: none), widths, heights, modes, ptrs, sizes (int64, one
+    entry a sample); settings (build_beton.py's, empty for FFCV's own files); classes (names or
+    None); names (of the samples, each a path in its source, or None); excluded (sorted int64:
+    samples that `build_beton.py --verify FILE --exclude-bad` found damaged, which loaders leave
+    out). Raises DataError that says what is wrong, where, and what to do.
     """
 
     def __init__(self, path: str | Path):
@@ -1735,16 +1809,23 @@ class BetonReader:
                             "data/demo_train.beton: `python build_beton.py --demo`.")
         self.file = open(self.path, "rb", buffering=0)
         self.size = os.fstat(self.file.fileno()).st_size
+        self.names = None
         self._read_tables()
         self._read_sidecar()
+        if names_of(path).is_file():
+            self.names = Names(names_of(path), self.settings.get("checksum"), self.num_samples)
 
     def _error(self, found):
         return DataError(f"{self.path}: {found}. The file is not a complete .beton of version 2; "
                          "build it again.")
 
+    def title(self, i):
+        """How messages call sample i."""
+        return f"sample {i} ({self.names[i]})" if self.names else f"sample {i}"
+
     def sample_error(self, i, reason):
         """A DataError for sample i that says how to go on without it."""
-        return DataError(f"{self.path}: sample {i}: {reason}. `python build_beton.py --verify "
+        return DataError(f"{self.path}: {self.title(i)}: {reason}. `python build_beton.py --verify "
                          f"{shlex.quote(str(self.path))} --exclude-bad` records every damaged "
                          "sample, so that loaders leave it out.")
 
@@ -1788,8 +1869,9 @@ class BetonReader:
             raise self._error("the checksum over its header and tables does not match, or an "
                               "earlier build_beton.py made it")
         self.num_samples = n
-        labels = samples[f"f{kinds.index(1)}"] if 1 in kinds else np.zeros(n)
-        self.labels = labels.astype(np.int64)
+        self.labels = np.full(n, -1)
+        if 1 in kinds:
+            self.labels = samples[self._label_field(fields)].astype(np.int64)
         self.modes, self.widths, self.heights, self.ptrs = (
             samples[f"f{image}"][name].astype(np.int64) for name in IMAGE.names)
         # A sample's size is in the allocation table only. Its place is checked, and no memory is
@@ -1807,12 +1889,54 @@ class BetonReader:
             raise self._error(f"sample {i} ({self.widths[i]}x{self.heights[i]}, mode "
                               f"{self.modes[i]}) has no valid place in it")
 
+    def _label_field(self, fields):
+        """Where the labels are: in the one field of whole numbers, or in that of a known name."""
+        names = [name.decode(errors="replace").casefold() for name in fields["name"]]
+        numbers = [i for i, kind in enumerate(fields["type_id"].tolist()) if kind == 1]
+        for known in LABEL_NAMES:
+            if known in names and names.index(known) in numbers:
+                return f"f{names.index(known)}"
+        if len(numbers) > 1:
+            raise DataError(f"{self.path}: which field holds the labels? It has "
+                            f"{', '.join(names[i] for i in numbers)}. Write it with one that is "
+                            "called label.")
+        return f"f{numbers[0]}"
+
+    def _check_old_sidecar(self):
+        """Earlier versions of build_beton.py wrote x.json; without class names classes may differ.
+
+        It is recognised by its first bytes: a file of the user's may be large.
+        """
+        old = self.path.with_suffix(".json")
+        if old == self.path or not old.is_file():
+            return
+        with open(old, "rb") as file:
+            if not file.read(13).startswith(b'{\n "classes":'):
+                return
+        content = None
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(old.read_text())
+        if not is_sidecar(content):
+            return
+        checksum = content.get("settings", {}).get("checksum")
+        if checksum == self.settings.get("checksum"):
+            raise DataError(f"{old} is the sidecar of {self.path}, as earlier versions called it. "
+                            f"Rename it: mv '{old}' '{sidecar_of(self.path)}'")
+
     def _read_sidecar(self):
-        """Class names and excluded samples from <name>.json, which a file of FFCV's has not."""
-        sidecar = self.path.with_suffix(".json")
+        """Class names and excluded samples; a file of FFCV's has no sidecar."""
+        sidecar = sidecar_of(self.path)
+        if not sidecar.is_file():
+            self._check_old_sidecar()
+        content = {"classes": None, "excluded": {}}
         try:
-            content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-            self.classes = content.get("classes")
+            if sidecar.is_file():
+                content = json.loads(sidecar.read_text())
+            if not is_sidecar(content):
+                raise ValueError("build_beton.py did not write it")
+            self.classes = content["classes"]
+            if self.classes is not None:
+                self.classes = [one_name(name) for name in self.classes]
             build = content.get("settings", self.settings)
             if build.get("checksum") != self.settings.get("checksum"):
                 raise ValueError("it is another build's")
@@ -1910,10 +2034,6 @@ class EpochLoader(contextlib.AbstractContextManager):
     views: int = 1
 
     def __post_init__(self):
-        total = len(self.labels)
-        indices = np.arange(total) if self.indices is None else self.indices
-        self.indices = np.array(indices, np.int64)
-        inside = (self.indices >= 0) & (self.indices < total)
         for name, good, expected in (
                 ("order", self.order in ("random", "pages"), "'random' or 'pages'"),
                 ("interpolation", self.interpolation in INTERPOLATIONS, INTERPOLATIONS),
@@ -1921,8 +2041,7 @@ class EpochLoader(contextlib.AbstractContextManager):
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("num_workers", self.num_workers >= 0, "at least 0"),
                 ("views", self.views == 1 or self.views > 1 and self.train, "1 where train=False"),
-                ("crop_ratio", 0 < self.crop_ratio <= 1, "above 0, at most 1"),
-                ("indices", inside.size and inside.all(), f"samples 0 to {total - 1}")):
+                ("crop_ratio", 0 < self.crop_ratio <= 1, "above 0, at most 1")):
             check(name, getattr(self, name), good, expected)
         self.device = torch.device(self.device)
         check("device", str(self.device), self.device.type != "cuda" or torch.cuda.is_available(),
@@ -1933,15 +2052,38 @@ class EpochLoader(contextlib.AbstractContextManager):
         self.crop_ratio = float(self.crop_ratio)
         self.num_workers = self.num_workers or usable_cores()
         self.drop_last = self.train if self.drop_last is None else self.drop_last
-        # Orders are drawn with the excluded samples and leave them out afterwards, so that a run
-        # that a damaged sample ended goes on with the same order and crops of the others.
-        self._kept = ~np.isin(self.indices, self.excluded)
-        self.num_samples = int(self._kept.sum())
+        self._kept = None
+        self._set_indices(np.arange(len(self.labels)) if self.indices is None else self.indices)
         self.closed = False
         self._process = os.getpid()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.set_stage()
         self.set_epoch(0)
+        self._check_length()
+
+    def _get_indices(self):
+        return self._indices
+
+    def _set_indices(self, indices):
+        """Checks the samples of an epoch; they count from the next epoch on."""
+        if not hasattr(self, "_kept"):  # an argument, before the file is open
+            self._indices = indices
+            return
+        total = len(self.labels)
+        array = np.asarray(indices)
+        whole = array.dtype.kind in "iu" and array.ndim == 1 and array.size
+        if not (whole and array.min() >= 0 and array.max() < total):
+            raise ValueError(f"indices of type {array.dtype} and shape {array.shape}: expected a "
+                             f"list of samples, whole numbers from 0 to {total - 1}. Of a mask "
+                             "take np.flatnonzero(mask).")
+        self._indices = array.astype(np.int64)
+        self._indices.flags.writeable = False  # a change in place would not be seen
+        # Orders are drawn with the excluded samples and leave them out afterwards, so that a run
+        # that a damaged sample ended goes on with the same order and crops of the others.
+        self._kept = ~np.isin(self._indices, self.excluded)
+        self.num_samples = int(self._kept.sum())
+
+    def _check_length(self):
         if self.num_samples == 0:
             raise DataError(f"{self.path}: all its samples are excluded as damaged. Build it "
                             "again.")
@@ -2010,6 +2152,7 @@ class EpochLoader(contextlib.AbstractContextManager):
 
     def __iter__(self):
         self._check_usable()
+        self._check_length()
         if self._started:  # an earlier iteration was left early: this is the next epoch
             self.set_epoch(self.epoch + 1)
         self._started = True
@@ -2049,6 +2192,10 @@ class EpochLoader(contextlib.AbstractContextManager):
 
     def __exit__(self, *exc):
         self.close()
+
+
+# Not in the class: there it would be the default of the dataclass's argument
+EpochLoader.indices = property(EpochLoader._get_indices, EpochLoader._set_indices)
 
 
 # --- loader over a .beton file
@@ -2210,6 +2357,7 @@ class ESSLLoader(EpochLoader):
         self.reader = BetonReader(self.path)
         self.labels = self.reader.labels
         self.classes = self.reader.classes
+        self.names = self.reader.names
         self.excluded = self.reader.excluded
         self.free_buffers = []  # for batches; those that no tensor holds
         self._epochs = set()
@@ -2244,6 +2392,217 @@ class ESSLLoader(EpochLoader):
         self.reader.close()
 
 
+# --- pictures in folders: what is taken, and how the rest is counted; build_beton.py does the same
+MAX_PIXELS = 1 << 30  # of a picture, which then takes 3 GB; Pillow's own limit is a sixth of it
+ARCHIVES = (".tar", ".parquet")  # endings of files of pictures, which build_beton.py reads
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found",
+                  "System Volume Information")  # of macOS, NAS, Windows and Linux
+SETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+        "dev": "val", "test": "test", "testing": "test"}  # what they are to a person
+# Reasons why something is not taken, for one and for several
+OTHER_ENDING = ("file with another ending", "files with other endings")
+HIDDEN_FILE = ("hidden file", "hidden files")
+HIDDEN_FOLDER = ("hidden folder", "hidden folders")
+LINK_BACK = ("link back to a folder above it", "links back to a folder above them")
+SPECIAL_FILE = ("link, pipe or device", "links, pipes or devices")
+EMPTY_CLASS = ("class folder without a picture", "class folders without a picture")
+ARCHIVE = ("archive or table", "archives or tables")
+
+
+class NotTaken:
+    """What was seen and not taken, counted and named by reason. str(): in words.
+
+    Attributes: pictures, how many of it have a picture's ending; folders, all that were seen.
+    """
+
+    def __init__(self):
+        self.names = {}  # reason: Counter of names
+        self.inside = Counter()  # reason: how many pictures lie in folders that were not taken
+        self.pictures = 0
+        self.folders = set()
+
+    def add(self, reason, name, pictures=0, inside=0):
+        """Counts `name`, which is a picture if pictures is 1, with `inside` pictures in it."""
+        names = self.names.setdefault(reason, Counter())
+        if len(names) >= 1000 and name not in names:  # millions of names would take memory
+            name = "others"
+        names[name] += 1
+        self.inside[reason] += inside
+        self.pictures += pictures + inside
+
+    def take_back(self, reason, name):
+        """One that was counted is taken after all."""
+        names = self.names.get(reason, Counter())
+        if names[name] > 0:
+            names[name] -= 1
+        self.names[reason] = +names  # without zeros
+        if not self.names[reason]:
+            del self.names[reason]
+
+    def __str__(self):
+        parts = []
+        for (one, several), names in self.names.items():
+            total = names.total()
+            repeated = len(names) > 1 and total > len(names)
+            shown = [f"{name} {count:,}" if repeated else name
+                     for name, count in names.most_common(4)]
+            if len(names) > len(shown):
+                shown.append("...")
+            part = f"{total:,} {one if total == 1 else several} ({', '.join(shown)})"
+            inside = self.inside[one, several]
+            if inside:
+                part += f" with {inside:,} picture{'' if inside == 1 else 's'}"
+            parts.append(part)
+        return ", ".join(parts) or "nothing"
+
+
+def picture_endings():
+    """The endings, in lower case, of files that Pillow can open here.
+
+    HEIC is one once its plugin is registered. Left out are films (MPEG), programs (EPS runs
+    Ghostscript) and formats that Pillow only knows by name (its stubs: HDF5, WMF, ...).
+    """
+    from PIL import Image, ImageFile
+    known = Image.registered_extensions()  # loads all of Pillow's formats
+    opened = {"MPO"}  # which Pillow opens as a JPEG
+    for name, (opener, _) in Image.OPEN.items():
+        is_stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+        if not is_stub and name not in ("MPEG", "EPS"):
+            opened.add(name)
+    return frozenset(ending for ending, name in known.items() if name in opened)
+
+
+def is_hidden(name):
+    """Whether a file or folder is the system's or a program's, not data."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def ending_of(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def list_folder(folder, not_taken):
+    """(pictures, archives) anywhere below a folder, as paths from it, in no order.
+
+    Links are followed, but not back to a folder that they lie in. A broken link is a picture that
+    cannot be read. The rest is counted in not_taken. DataError for a folder that cannot be read.
+    """
+    endings = picture_endings()
+    pictures = []
+    archives = []
+    waiting = [("", ())]  # a folder, and what identifies the folders above it
+    while waiting:
+        below, above = waiting.pop()
+        here = os.path.join(folder, below)
+        try:
+            status = os.stat(here)
+            with os.scandir(here) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{here}: this folder cannot be read ({error.strerror}). Mend its "
+                            "rights or its disk, or move it away.") from None
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            not_taken.add(LINK_BACK, below)
+            continue
+        not_taken.folders.add(below)
+        for entry in entries:
+            name = os.path.join(below, entry.name)
+            ending = ending_of(entry.name)
+            is_folder = entry.is_dir(follow_symlinks=False)
+            is_file = entry.is_file(follow_symlinks=False)
+            if entry.is_symlink():
+                is_folder = os.path.isdir(entry.path)
+                is_file = os.path.isfile(entry.path) or not os.path.exists(entry.path)
+            if is_folder and is_hidden(entry.name):
+                inside = sum(ending_of(file) in endings
+                             for _, _, files in os.walk(entry.path) for file in files)
+                not_taken.add(HIDDEN_FOLDER, name, inside=inside)
+            elif is_folder:
+                waiting.append((name, (*above, identity)))
+            elif not is_file:
+                not_taken.add(SPECIAL_FILE, name)
+            elif is_hidden(entry.name):
+                not_taken.add(HIDDEN_FILE, name, pictures=ending in endings)
+            elif ending in endings:
+                pictures.append(name)
+            elif ending in ARCHIVES:
+                archives.append(name)
+            else:
+                not_taken.add(OTHER_ENDING, ending or "no ending")
+    return pictures, archives
+
+
+def class_of(name, top=""):
+    """The class of a picture by its path behind the folders `top`: its first folder, else ""."""
+    folder, slash, _ = name[len(top):].partition("/")
+    return one_name(folder) if slash else ""
+
+
+def folder_order(name, top=""):
+    """To sort pictures by, as torchvision's ImageFolder does: class, folder, file."""
+    return class_of(name, top), os.path.split(name)
+
+
+def folder_classes(names, source, not_taken, top=""):
+    """The class of each picture by its path in `source`, behind the folders `top`.
+
+    Where all lie in folders, the first folder is the class, as in torchvision's ImageFolder. None
+    if no picture lies in a folder. DataError where some do and some do not, and where folders are
+    called train, val or test. Folders of not_taken without a picture are counted there.
+    """
+    one_copy = {}  # else a million strings
+    labels = []
+    for name in names:
+        label = class_of(name, top)
+        labels.append(one_copy.setdefault(label, label))
+    classes = set(one_copy) - {""}
+    if not classes:
+        return None
+    if "" in one_copy:
+        outside = labels.count("")
+        first_outside = names[labels.index("")]
+        first_inside = next(name for name, label in zip(names, labels) if label)
+        raise DataError(f"{source} holds {outside:,} pictures outside of folders ({first_outside}) "
+                        f"and {len(names) - outside:,} in folders ({first_inside}). If the folders "
+                        "are classes, move the others away; if not, build_beton.py takes all with "
+                        "--unlabelled, or with --labels FILE.")
+    set_of = {name: SETS.get(re.sub("[0-9_-]+$", "", name.casefold())) for name in classes}
+    sets = {kind for kind in set_of.values() if kind}
+    if len(sets) > 1 or all(set_of.values()):
+        found = sorted(name for name in classes if set_of[name])
+        one_set = os.path.join(source, found[0])
+        way = f"Give the folder of one set, {one_set}"
+        if not os.path.isdir(one_set):
+            way = f"Make an archive of {found[0]} alone"
+        raise DataError(f"{source} holds {', '.join(found)}: these are sets, not classes. {way}. "
+                        "If you want all pictures without labels, add --unlabelled to "
+                        "build_beton.py.")
+    seen = {class_of(folder + "/", top) for folder in not_taken.folders if folder.startswith(top)}
+    for name in sorted(seen - classes - {""}):
+        not_taken.add(EMPTY_CLASS, name)
+    return labels
+
+
+@functools.cache
+def print_once(text):
+    """Prints to stderr what several loaders of a run would print again."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def check_shared_memory(needed, remedy):
+    """Raises DataError if /dev/shm, by which worker processes talk, has too few bytes free."""
+    free = 0
+    with contextlib.suppress(OSError):
+        shm = os.statvfs("/dev/shm")
+        free = shm.f_bavail * shm.f_frsize
+    if free < needed:  # else a bus error, or "no space left" of no disk
+        raise DataError(f"the worker processes need {needed / 1e6:,.1f} MB free in /dev/shm, which "
+                        f"has {free / 1e6:,.3f} MB. Start the container with a larger --shm-size, "
+                        f"mount /dev/shm larger, or {remedy}.")
+
+
 # --- loader over a folder of pictures
 def start_folder_worker(_):
     """torchrun and Slurm signal worker processes too, but the loader ends them when it is left."""
@@ -2255,35 +2614,42 @@ def start_folder_worker(_):
 class FolderLoader(EpochLoader):
     """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
 
-    Takes class folders, or a flat folder of pictures as one class. Same order and relative boxes as
-    ESSLLoader for the same seed. transform: a function of the cropped and flipped Pillow picture,
-    in training (RandAug for Table 6). order changes nothing here.
+    Takes class folders, or a flat folder of pictures, whose labels are -1; see list_folder and
+    folder_classes. What is not taken is printed once. Same order and relative boxes as ESSLLoader
+    for the same seed. transform: a function of the cropped and flipped Pillow picture, in training
+    (RandAug for Table 6). order changes nothing here.
     Raises ValueError for an argument and DataError for the folder or a picture.
     """
 
     transform: object = None
 
     def __post_init__(self):
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-        folder = Path(self.path).resolve()
-        try:
-            self.classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-            if not self.classes:  # a flat folder is one class of its parent
-                self.classes = [folder.name]
-                folder = folder.parent
+        not_taken = NotTaken()
+        names, archives = list_folder(self.path, not_taken)
+        for name in archives:
+            not_taken.add(ARCHIVE, name)
+        if not names:
+            raise DataError(f"{self.path}: expected class folders of pictures, or pictures, and "
+                            f"found none. Not taken: {not_taken}.")
+        self.names = sorted(names, key=folder_order)
+        labels = folder_classes(self.names, self.path, not_taken)
+        self.classes = None
+        self.labels = np.full(len(names), -1)
+        if labels:
+            self.classes = sorted(set(labels))
             numbers = {name: number for number, name in enumerate(self.classes)}
-            pairs = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
-        except OSError as error:
-            raise DataError(f"{self.path}: expected class folders of pictures, or pictures "
-                            f"({error}).") from None
-        self.paths = [path for path, _ in pairs]
-        self.labels = np.array([label for _, label in pairs], np.int64)
+            self.labels = np.array([numbers[label] for label in labels], np.int64)
+        if not_taken.names:
+            print_once(f"{self.path}: not taken: {not_taken}")
+        folder = os.path.realpath(self.path)
+        self.paths = [os.path.join(folder, name) for name in self.names]
         self.excluded = np.zeros(0, np.int64)
         super().__post_init__()
 
     def __getitem__(self, position):
         """For the DataLoader: (views, res, res, 3) uint8, label, and what is wrong or ""."""
         from PIL import Image, ImageOps
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many; a worker's own
         sample = self.indices[position]
         draw = (self.seed, self.epoch, position)
         resample = Image.Resampling[self.interpolation.upper()]
@@ -2293,6 +2659,8 @@ class FolderLoader(EpochLoader):
                 picture.load()
                 with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
                     ImageOps.exif_transpose(picture, in_place=True)
+                if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
+                    raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
                 picture = picture.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return crops, 0, f"{self.paths[sample]}: cannot be decoded ({error})"
@@ -2317,11 +2685,7 @@ class FolderLoader(EpochLoader):
     def _host_batches(self, positions, start):
         size = self.batch_size
         needed = (self.num_workers * AHEAD + 1) * self.views * size * 3 * self.res ** 2
-        shm = os.statvfs("/dev/shm")  # where worker processes hand batches over
-        if shm.f_bavail * shm.f_frsize < needed:  # else a bus error
-            raise DataError(f"{self.path}: {self.num_workers} worker(s) need {needed / 1e6:,.0f} "
-                            "MB free in /dev/shm. Start the container with a larger --shm-size, "
-                            "or take fewer num_workers.")
+        check_shared_memory(needed, "take fewer num_workers")
         with kernel_cache(random_box):  # here, before the worker processes start
             random_box(8, 8, self.scale, self.ratio, self.seed, 0, 0, 0)
             center_box(8, 8, self.crop_ratio)
@@ -2369,18 +2733,45 @@ def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1, 
         f"{processes}--total-batch {total} --batch-size {batch}")
 
 
+def labels_fault(loader):
+    """Why nothing can be learned from a loader's labels, as the end of a sentence, or ""."""
+    lowest = int(loader.labels.min())
+    highest = int(loader.labels.max())
+    if highest < 0:
+        return "has no labels"
+    if lowest < 0:
+        return f"has pictures without a label, the first is sample {np.argmin(loader.labels)}"
+    if highest >= MAX_CLASSES:
+        return f"has labels up to {highest:,}, which are no numbers of classes"
+    if lowest == highest:
+        return "has pictures of one class only"
+    return ""
+
+
+def check_labels(loader, classes):
+    """Raises DataError where a set to evaluate on has not a label of 0 to classes - 1 each."""
+    lowest = int(loader.labels.min())
+    highest = int(loader.labels.max())
+    if lowest < 0:
+        raise DataError(f"{loader.path} has pictures without a label, the first is sample "
+                        f"{np.argmin(loader.labels)}: accuracy cannot be measured on it. Build it "
+                        "with class folders, or with --labels.")
+    if highest >= classes:
+        raise DataError(f"{loader.path} has labels {lowest} to {highest}: expected 0 to "
+                        f"{classes - 1}. Build it with --classes TRAIN.beton.")
+
+
 def check_classes(train, val):
-    """Raises DataError where there is one class only, or where a held-out set has others."""
-    if train.labels.min() == train.labels.max():
-        raise DataError(f"{train.path} has pictures of one class only: nothing can be learned from "
-                        "its labels. Give class folders, or --labels to build_beton.py.")
+    """Raises DataError where nothing can be learned from labels, or a held-out set has others."""
+    fault = labels_fault(train)
+    if fault:
+        raise DataError(f"{train.path} {fault}: nothing can be learned from its labels. Give class "
+                        "folders, or --labels to build_beton.py.")
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         differ = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
         raise DataError(f"{val.path} has other classes than {train.path}: they differ in "
                         f"{', '.join(differ[:4])}.")
-    if val.labels.min() < 0 or val.labels.max() > train.labels.max():
-        raise DataError(f"{val.path} has labels {val.labels.min()} to {val.labels.max()}, "
-                        f"{train.path} {train.labels.min()} to {train.labels.max()}.")
+    check_labels(val, int(train.labels.max()) + 1)
 
 
 def open_loader(path: str | Path, batch_size: int, train: bool = True, **kwargs):

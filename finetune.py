@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import models_mae
-from essl_loader import DataError, check_batches, check_classes, open_loader
+from essl_loader import DataError, check_batches, check_classes, check_labels, open_loader
 from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at
 
 MIN_LR = 1e-6
@@ -244,6 +244,7 @@ def main(args):
             val = open_loader(val_data, args.batch_size, train=False, res=size, **shared)
             if names and val.classes and list(names) != list(val.classes):
                 raise DataError(f"{val_data} has other classes than {args.finetune}.")
+            check_labels(val, len(weights["head.weight"]))
             result = evaluate(model, val, autocast)
             row = json.dumps(dict(checkpoint=str(args.finetune), data=val_data, **result))
             print0(row)

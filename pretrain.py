@@ -28,7 +28,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import models_mae
-from essl_loader import DataError, check_batches, check_classes, open_loader
+from essl_loader import DataError, check_batches, check_classes, labels_fault, open_loader
 from schedules import PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, lr_at, stage_at
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
@@ -287,13 +287,17 @@ def main(args):
                   device=device, res=args.input_size)
     loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],
                          order=args.order, indices=indices, **shared)
-    if loader.labels.min() == loader.labels.max():
-        print0(f"{args.data} has one class only: there is no online probe.")
+    fault = labels_fault(loader)
+    if fault and args.probe != "off":
+        print0(f"{args.data} {fault}: there is no online probe.")
         args.probe = "off"
     val = None
     if args.probe != "off":
         val = open_loader(args.val_data, args.batch_size, train=False, **shared)
         check_classes(loader, val)
+        if min(args.batch_size, val.num_samples) < 2:  # its BatchNorm takes a variance
+            raise DataError("The online probe needs two pictures at once: take --batch-size 2 or "
+                            "more and as many pictures of --val-data, or --probe off.")
     accum = args.total_batch // (args.batch_size * world)
     steps_per_epoch = loader.num_samples * args.repeat // args.total_batch
     steps = args.epochs * steps_per_epoch

@@ -8,6 +8,7 @@ that need a GPU.
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import fcntl
 import functools
@@ -305,8 +306,475 @@ def test_build_refuses_in_words(folder, tmp_path):
         assert named in errors and errors.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
 
 
+X = b"a picture, which is not opened here"
+
+
+def put(root, files):
+    """Writes {path below root: bytes, or a str for a link}."""
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(data) if isinstance(data, str) else path.write_bytes(data)
+
+
+def table_of(features=None, **columns):
+    """The bytes of a parquet file; features: Hugging Face's, in its metadata."""
+    table = pyarrow.table(columns)
+    if features:
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})})
+    out = io.BytesIO()
+    parquet.write_table(table, out)
+    return out.getvalue()
+
+
+def linked_tar(*links):
+    """A tar of d/0.jpg and of links (name, kind, target)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        member = tarfile.TarInfo("d/0.jpg")
+        member.size = len(X)
+        tar.addfile(member, io.BytesIO(X))
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            member.linkname = target
+            tar.addfile(member)
+    return out.getvalue()
+
+
+def csv_of(*lines, encoding="utf-8"):
+    return "\n".join([*lines, ""]).encode(encoding)
+
+
+def found(root, classes=None, labels=None, source="in", **options):
+    """({name: class}, what is printed) of root's "in". classes: those of --classes."""
+    out = io.StringIO()
+    reader = type("Reader", (), {"classes": classes})
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(build_beton, "BetonReader", lambda path: reader)
+        labels = labels and root / labels
+        pictures, names = build_beton.find_data(root / source, labels, classes and root / "x.beton",
+                                                **options)
+    of = {p.name: None if names is None else names[p.label] for p in pictures}
+    assert len(of) == len(pictures) and all((p.label == -1) == (names is None) for p in pictures)
+    return of, out.getvalue()
+
+
+PNGS = {"in/a b.png": X, "in/c.PNG": X}
+TWO = {"a b.png": "tabby cat", "c.PNG": "lynx"}
+AB = {"in/x/0.jpg": X, "in/y/0.jpg": X}
+NUMBERS = sorted(map(str, range(12)))  # ImageFolder's order: 0, 1, 10, 11, 2, ...
+TAKEN = {  # files, {name: class}, words of the two lines, options
+    "hidden": ({"in/a.jpg": X, "in/.trash/b.jpg": X, "in/#recycle/deep/c.jpg": X, "in/._a.jpg": X,
+                "in/desktop.ini": X, "in/Makefile": X},
+               {"a.jpg": None}, ("2 hidden folders (#recycle, .trash) with 2 pictures",
+                                 "1 hidden file (._a.jpg)", ".ini", "no ending"), {}),
+    "hidden beside classes": ({"in/rose/a.jpg": X, "in/__MACOSX/rose/._a.jpg": X},
+                              {"rose/a.jpg": "rose"}, ("__MACOSX",), {}),
+    "years": ({"in/2021/07/a.jpg": X, "in/2022/b.jpg": X},
+              {"2021/07/a.jpg": "2021", "2022/b.jpg": "2022"},
+              ("class folders", "2021, 2022", "2021/07", "--unlabelled"), {}),
+    "years without labels": ({"in/2021/07/a.jpg": X, "in/2022/b.jpg": X, "in/c.jpg": X},
+                             {"2021/07/a.jpg": None, "2022/b.jpg": None, "c.jpg": None},
+                             ("3 pictures without labels",), dict(unlabelled=True)),
+    "endings": ({"in/oak/a.jfif": X, "in/oak/b.JPE": X, "in/fir/c.GIF": X, "in/fir/d.Jp2": X,
+                 "in/elm/e.cr2": X, "in/elm/notes": X, "in/film/f.mpg": X},
+                {"oak/a.jfif": "oak", "oak/b.JPE": "oak", "fir/c.GIF": "fir", "fir/d.Jp2": "fir"},
+                (".cr2", ".mpg", "no ending", "2 class folders without a picture (elm, film)"), {}),
+    "a folder with an ending": ({"in/a.png/b.jpg": X}, {"a.png/b.jpg": "a.png"}, (), {}),
+    "links": ({"in/ant/a.jpg": X, "in/bee": "ant", "in/ant/all": "..", "in/ant/gone.jpg": "nowhere",
+               "in/ant/gone.txt": "nowhere"},
+              {"ant/a.jpg": "ant", "ant/gone.jpg": "ant", "bee/a.jpg": "bee",
+               "bee/gone.jpg": "bee"},
+              ("2 links back", "ant/all", ".txt"), {}),
+    "one name in two forms": ({"in/cafe\u0301/0.jpg": X, "in/caf\u00e9/1.jpg": X},
+                              {"cafe\u0301/0.jpg": "caf\u00e9", "caf\u00e9/1.jpg": "caf\u00e9"},
+                              ("1 classes",), {}),
+    "semicolons and BOM": (PNGS | {"l": csv_of("photo;species", "a b.png;tabby cat", 'c;"lynx"',
+                                               encoding="utf-8-sig")},
+                           TWO, ("photo and species",), dict(labels="l")),
+    "UTF-16 and tabs": (PNGS | {"l": csv_of("a b.png\ttabby cat", "c.PNG\tlynx",
+                                            encoding="utf-16")},
+                        TWO, (), dict(labels="l")),
+    "an index": (PNGS | {"l": csv_of(",id,breed", "0,c,lynx", "1,a b,tabby cat")},
+                 TWO, ("id and breed",), dict(labels="l")),
+    "an index without header": (PNGS | {"l": csv_of("7,a b.png,tabby cat", "8,c.PNG,lynx")},
+                                TWO, (), dict(labels="l")),
+    "a picture called image": ({"in/image.png": X, "l": csv_of("image,label", "image,fox")},
+                               {"image.png": "fox"}, ("columns image",), dict(labels="l")),
+    "one-hot": (PNGS | {"l": csv_of("image,lynx,tabby cat,fox", "a b,0.0,1.0,0.0",
+                                    "c,1.0,0.0,0.0")},
+                TWO, ("one-hot",), dict(labels="l")),
+    "boxes": (PNGS | {"l": csv_of("ImageId,PredictionString", "a b,n07 1 2 3 4 n07 5 6 7 8 ",
+                                  "c,n02 0 0 9 9")},
+              {"a b.png": "n07", "c.PNG": "n02"}, (), dict(labels="l")),
+    "spaces": (PNGS | {"l": csv_of('"a b.png" cat', "sub/c.PNG  lynx", "gone.png fox")},
+               {"a b.png": "cat", "c.PNG": "lynx"},
+               ("1 label of a picture that is not there (gone)",), dict(labels="l")),
+    "a name with spaces": (PNGS | {"l": csv_of("a b.png cat", "c.PNG lynx")},
+                           {"a b.png": "cat", "c.PNG": "lynx"}, (), dict(labels="l")),
+    "names with commas": (PNGS | {"l": csv_of('"a b.png","cat, tabby"', "c,lynx")},
+                          {"a b.png": "cat, tabby", "c.PNG": "lynx"}, (), dict(labels="l")),
+    "the same name in two folders": (AB | {"l": csv_of("z/x/0.jpg,fox", "z\\y\\0.jpg,owl")},
+                                     {"x/0.jpg": "fox", "y/0.jpg": "owl"}, (), dict(labels="l")),
+    "labels beside the pictures": (PNGS | {"in/l.csv": csv_of("a b.png,tabby cat", "c.PNG,lynx")},
+                                   TWO, ("not taken: nothing",), dict(labels="in/l.csv")),
+    "whole floats": (PNGS | {"l": csv_of("a b.png,1.0", "c.PNG,0.0")},
+                     {"a b.png": "1", "c.PNG": "0"}, (), dict(labels="l")),
+    "numbers that are names": ({"in/0.parquet": table_of(image=[X, X, X], label=[2, 10, 3])},
+                               {"row 0": "2", "row 1": "10", "row 2": "3"}, ("names of classes",),
+                               dict(classes=NUMBERS)),
+    "numbers that are places": ({"in/0.parquet": table_of(image=[X, X], label=[1, 0])},
+                                {"row 0": "owl", "row 1": "fox"}, ("places in",),
+                                dict(classes=["fox", "owl"])),
+    "no label at all": (PNGS | {"l": csv_of("a b.png,-1", "c.PNG,-1")},
+                        {"a b.png": None, "c.PNG": None}, ("none were found",), dict(labels="l")),
+    "keys": ({"in/0.tar": tar_of([("k.img.JPG", X), ("k.CLS", b"fox\n"), ("m.jpg", X),
+                                  ("m.target.cls", b"owl"), ("n.1.jpg", X), ("n.1.cls", b"elk"),
+                                  ("n.2.jpg", X), ("n.2.cls", b"fox"), ("o.cls", b"owl")])},
+             {"k.img.JPG": "fox", "m.jpg": "owl", "n.1.jpg": "elk", "n.2.jpg": "fox"},
+             ("1 label without a picture (o.cls)",), {}),
+    "JSON": ({"in/0.tar": tar_of([("0.json", b'{"fine_label": 1, "caption": "x"}'), ("0.webp", X),
+                                  ("1.json", b'{"cls": 0}'), ("1.webp", X), ("all.json", b"[1,")])},
+             {"0.webp": "1", "1.webp": "0"}, (".json",), {}),
+    "two tars joined": ({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"0")])
+                         + tar_of([("1/0.jpg", X), ("1/0.cls", b"1")])},
+                        {"0.jpg": "0", "1/0.jpg": "1"}, (), {}),
+    "links in a tar": ({"in.tar": linked_tar(("d/1.jpg", tarfile.LNKTYPE, "d/0.jpg"),
+                                             ("e/2.jpg", tarfile.SYMTYPE, "../d/1.jpg"),
+                                             ("e/3.jpg", tarfile.SYMTYPE, "gone.jpg"),
+                                             ("e/d", tarfile.SYMTYPE, "../d"))},
+                       {"d/0.jpg": "d", "d/1.jpg": "d", "e/2.jpg": "e", "e/3.jpg": "e"},
+                       ("1 link,", "e/d"), dict(source="in.tar")),
+    "absolute names": ({"in/0.tar": tar_of([("/s/ant/0.jpg", X), ("./s/bee/1.jpg", X),
+                                            ("../s/ant/2.jpg", X), ("s/._bee.jpg", X)])},
+                       {"s/ant/0.jpg": "ant", "s/bee/1.jpg": "bee", "s/ant/2.jpg": "ant"},
+                       ("1 hidden file",), {}),
+    "shards without labels": ({f"in/{i}.tar": tar_of([(f"{i}.jpg", X), (f"{i}.txt", b"a dog")])
+                               for i in range(2)},
+                              {"0.jpg": None, "1.jpg": None}, ("2 tars", ".txt"), {}),
+    "shards in folders": ({f"in/{i}/0.tar": tar_of([(f"{i}.jpg", X), (f"{i}.cls", b"5")])
+                           for i in range(2)}, {"0.jpg": "5", "1.jpg": "5"}, ("2 tars",), {}),
+    "img2dataset": ({"in/0.tar": tar_of([("0.jpg", X), ("0.json", b'{"url": "u"}')]),
+                     "in/0.parquet": table_of(url=["u"]), "in/0_stats.json": b"{}"},
+                    {"0.jpg": None}, ("1 table without pictures (0.parquet)", ".json"), {}),
+    "a table beside folders": (AB | {"in/metadata.parquet": table_of(file_name=["x/0.jpg"])},
+                               {"x/0.jpg": "x", "y/0.jpg": "y"}, ("metadata.parquet",), {}),
+    "other columns": ({"in/0.parquet": table_of(img=[{"bytes": X, "path": "p.png"}], fine_label=[3],
+                                                coarse_label=[1], thumb=[X])},
+                      {"row 0/p.png": "3"}, ("img and fine_label",), {}),
+    "columns by type": ({"in/0.parquet": table_of({"kind": {"_type": "ClassLabel"}}, raw=[X],
+                                                  id=[7], kind=[1])},
+                        {"row 0": "1"}, ("raw and kind",), {}),
+    "columns by flag": ({"in/0.parquet": table_of(a=[X], b=[X], label=[7], species=["elk"])},
+                        {"row 0": "elk"}, ("b and species",), dict(columns=["b", "species"])),
+    "a table without labels": ({"in/0.parquet": table_of(image=[X], width=[9])}, {"row 0": None},
+                               ("column image",), {}),
+    "labels of a table": ({"in/0.parquet": table_of(image=[{"bytes": X, "path": "d/k.png"}]),
+                           "l": csv_of("k.png,elk")},
+                          {"row 0/d/k.png": "elk"}, (), dict(labels="l")),
+    "a pattern": ({f"in/{part}-{i}.parquet": table_of(image=[X], label=[i])
+                   for part, i in (("train", 0), ("test", 1))},
+                  {"row 0": "0"}, ("1 parquet file",), dict(source="in/train-*.parquet")),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_build_takes(tmp_path, case):
+    """What is taken, with which class, and what the two lines say of it and of the rest."""
+    files, expected, words, options = TAKEN[case]
+    put(tmp_path, files)
+    of, printed = found(tmp_path, **options)
+    assert of == expected
+    first, second = printed.splitlines()
+    assert first.startswith("found: ") and second.startswith("not taken: ")
+    assert not [word for word in words if word not in printed], printed
+
+
+def labels_case(*lines, encoding="utf-8", files=PNGS):
+    return files | {"l.csv": csv_of(*lines, encoding=encoding)}, dict(labels="l.csv")
+
+
+REFUSED = {  # files and options, words
+    "pictures above classes": (({"in/top.jpg": X} | AB, {}), ("top.jpg", "x/0.jpg", "--labels")),
+    "a folder of others": (({"in/a.jpg": X, "in/b.jpg": X, "in/thumbs/a.jpg": X}, {}),
+                           ("2 pictures", "thumbs/a.jpg", "--unlabelled")),
+    "a stray tar": ((AB | {"in/all.tar": tar_of([("0.jpg", X)])}, {}), ("2 pictures", "all.tar")),
+    "a stray table": ((AB | {"in/0.parquet": table_of(image=[X])}, {}),
+                      ("2 pictures", "0.parquet")),
+    "tars and tables": (({"in/0.tar": tar_of([("0.jpg", X)]), "in/1.parquet": table_of(img=[X])},
+                         {}), ("1 .tar", "1.parquet")),
+    "flat and folders in tars": (({"in/0.tar": tar_of([("elk/0.jpg", X)]),
+                                   "in/1.tar": tar_of([("1.jpg", X)])}, {}),
+                                 ("1.jpg", "elk/0.jpg")),
+    "a level too high": (({"in/Train/elk/0.jpg": X, "in/validation/elk/1.jpg": X}, {}),
+                         ("Train, validation", "in/Train")),
+    "a set alone": (({"in/test/0.jpg": X}, {}), ("in/test",)),
+    "sets in a tar": (({"in/0.tar": tar_of([("s/train/elk/0.jpg", X), ("s/val/elk/1.jpg", X)])},
+                       {}), ("train, val",)),
+    "tables of two sets": (({f"in/{name}-0000{i}-of-00002.parquet": table_of(image=[X], label=[0])
+                             for name in ("train", "validation") for i in range(2)}, {}),
+                           ('in/train-*-of-*.parquet"', 'in/validation-*-of-*.parquet"')),
+    "tars of two sets": (({f"in/s_{name}.tar": tar_of([("0.jpg", X)]) for name in ("train", "dev")},
+                          {}), ("s_train.tar", "s_dev.tar")),
+    "an archive that is compressed": (({"in.tar.gz": X}, dict(source="in.tar.gz")),
+                                      (".gz", "Unpack")),
+    "a pattern of nothing": (({"in/0.tar": X}, dict(source="in/1*.tar")), ("in/1*.tar",)),
+    "only other endings": (({"in/a.heic2": X, "in/.b/c.jpg": X}, {}), (".heic2", ".b")),
+    "two labels on a line": (labels_case("a b.png,cat", "c.PNG,lynx,fox"), ("l.csv", "line 2")),
+    "two labels behind a space": (labels_case("a_b.png cat", "c.PNG lynx fox"),
+                                  ("l.csv", "line 2")),
+    "two numbers": (labels_case("a b.png,1", "c.PNG,2 5"), ("l.csv", "line 2", "2 5")),
+    "a share": (labels_case("a b.png,0.5", "c.PNG,1"), ("l.csv", "line 1", "0.5")),
+    "two marks": (labels_case("file,cat,fox", "a b.png,1,1", "c.PNG,0,1"), ("l.csv", "line 2")),
+    "a label twice": (labels_case("a b.png,cat", "c.PNG,lynx", "a b.png,fox"), ("lines 1 and 3",)),
+    "bytes of Latin-1": (labels_case("a b.png,caf\u00e9", "c.PNG,x", encoding="latin-1"),
+                         ("l.csv", "line 1", "UTF-8")),
+    "UTF-16 without a mark": (labels_case("a b.png,cat", encoding="utf-16-le"), ("l.csv", "UTF-8")),
+    "an open quote": (labels_case('a b.png,"cat', "c.PNG,lynx"), ("l.csv", "quotes")),
+    "a picture without a line": (labels_case("a b.png,cat"), ("in/c.PNG has no label", "1 of 2")),
+    "an empty cell": (labels_case("file,label", "a b.png,", "c.PNG,lynx"), ("in/a b.png has no",)),
+    "a header alone": (labels_case("file,label"), ("l.csv", "header")),
+    "nothing": (labels_case(""), ("l.csv", "empty")),
+    "other names": (labels_case("d.png,cat", "e.png,fox"), ("l.csv", "d.png", "a b.png")),
+    "which column": (labels_case("image,dx,age", "a b.png,mel,50", "c.PNG,nv,60"),
+                     ("dx, age", "label")),
+    "a line for two": (labels_case("0.jpg,fox", files=AB), ("l.csv", "x/0.jpg", "y/0.jpg")),
+    "numbers and names": (labels_case("a b.png,7", "c.PNG,lynx"),
+                          ("a b.png", "7", "c.PNG", "lynx")),
+    "no class of that name": ((PNGS | {"l.csv": csv_of("a b.png,cat", "c.PNG,fox")},
+                               dict(labels="l.csv", classes=["cat"])),
+                              ("c.PNG", "fox", "--classes")),
+    "classes without labels": ((PNGS, dict(classes=["cat"])), ("--classes", "--labels")),
+    "a picture without KEY.cls": (({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"1"), ("1.jpg", X),
+                                                        ("n.1.cls", b"1"), ("n.2.jpg", X)])}, {}),
+                                  ("1.jpg has no label", "2 of 3")),
+    "two KEY.cls": (({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"1"), ("0.cls", b"2")])}, {}),
+                    ("0.tar", "0.cls")),
+    "a list in JSON": (({"in/0.tar": tar_of([("0.jpg", X), ("0.json", b'{"label": [1, 2]}')])}, {}),
+                       ("0.json", "[1, 2]")),
+    "bytes in KEY.cls": (({"in/0.tar": tar_of([("0.jpg", X), ("0.cls", b"\xe9")])}, {}),
+                         ("0.cls", "UTF-8")),
+    "something behind a tar": (({"in/0.tar": tar_of([("0.jpg", X)]) + b"x" * 600}, {}), ("0.tar",)),
+    "lists in a column": (({"in/0.parquet": table_of(image=[X], label=[[1, 2]])}, {}),
+                          ("0.parquet", "row 0", "label")),
+    "labels for some": (({"in/0.parquet": table_of(image=[X, X], label=[-1, 4])}, {}),
+                        ("row 0 has no label",)),
+    "a large number": (({"in/0.parquet": table_of(image=[X], label=[10 ** 12])}, {}),
+                       ("row 0", "1,000,000,000,000")),
+    "a negative number": (({"in/0.parquet": table_of(image=[X], label=[-7])}, {}), ("row 0", "-7")),
+    "two columns of pictures": (({"in/0.parquet": table_of(left=[X], right=[X])}, {}),
+                                ("left, right", "--columns")),
+    "no such column": (({"in/0.parquet": table_of(image=[X])}, dict(columns=["image", "y"])),
+                       ("y", "--columns")),
+    "a column of paths": (({"in/0.parquet": table_of(image=["a.jpg"], label=[0])}, {}),
+                          ("0.parquet", "column of bytes")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_build_refuses(tmp_path, case):
+    """A source that fits no rule is refused, with both halves, or the picture, and a way on."""
+    (files, options), words = REFUSED[case]
+    put(tmp_path, files)
+    with pytest.raises(DataError) as raised:
+        found(tmp_path, **options)
+    message = str(raised.value)
+    assert not [word for word in words if word not in message], message
+    assert "\n" not in message and str(tmp_path) in message
+
+
+def random_source(rng, root):
+    """Writes a random source -> ({name: class, None for none} of the pictures that fit its rule,
+    number of all pictures, options, whether something does not fit)."""
+    letters = list("abcdefgh \u00e9._-,;'")
+    truth = {}
+    strange = False
+
+    def word():
+        return rng.choice(letters[:8]) + "".join(rng.choice(letters, rng.integers(0, 6))) + "z"
+    classes = [f"{word()}{i}" for i in range(4)]
+    kind = rng.choice(["tree", "flat", "csv", "shards", "tar", "table"])
+    members = []
+    for i in range(rng.integers(2, 12)):
+        ending = rng.choice([".jpg", ".PNG", ".jfif", ".Gif"])
+        label = classes[i] if i < 2 else str(rng.choice(classes))
+        stem = f"{word()}{i}"
+        if kind == "shards":
+            stem = stem.replace(".", "")
+        name = stem + ending
+        if kind in ("tree", "tar"):
+            name = f"{label}/{'deep/' * int(rng.integers(2))}{name}"
+        members.append((name, label))
+        truth[name] = None if kind == "flat" else label
+    total = len(members)
+    junk = {}
+    for i in range(rng.integers(0, 5)):  # what is not taken
+        place = rng.choice([".cache/", "@eaDir/x/", "._", ""])
+        ending = rng.choice([".jpg", ".txt", ".cr2", ""]) if place else ".md"
+        junk[f"{place}{word()}{i}{ending}"] = X
+        total += ending == ".jpg"
+    files = {}
+    options = {}
+    if kind in ("tree", "flat", "csv"):
+        files = {f"in/{name}": X for name, _ in members} | {f"in/{k}": v for k, v in junk.items()}
+        if kind == "tree" and rng.random() < 0.2:
+            files["in/stray.jpg"] = X
+            strange = True
+        if kind == "csv":
+            rows = [[name, label] for name, label in members]
+            if rng.random() < 0.2 and len(rows) > 1:
+                rows.pop(rng.integers(len(rows)))
+                strange = True
+            rng.shuffle(rows)
+            out = io.StringIO()
+            writer = csv.writer(out, delimiter=str(rng.choice(list(",;\t|"))))
+            if rng.random() < 0.5:
+                writer.writerow(["filename", "label"])
+            writer.writerows(rows)
+            files["labels"] = out.getvalue().encode(rng.choice(["utf-8", "utf-8-sig", "utf-16"]))
+            options["labels"] = "labels"
+    elif kind == "table":
+        rows = [{"bytes": X, "path": name} for name, _ in members]
+        truth = {f"row {i}/{name}": label for i, (name, label) in enumerate(members)}
+        files["in/0.parquet"] = table_of(image=rows, label=[label for _, label in members])
+        files |= {f"in/{k}": v for k, v in junk.items()}
+    else:
+        parts = [[] for _ in range(rng.integers(1, 3))]
+        for name, label in members:
+            part = parts[rng.integers(len(parts))]
+            part.append((name, X))
+            if kind == "shards":
+                part.insert(rng.integers(len(part) + 1), (f"{name[:-len(Path(name).suffix)]}.cls",
+                                                          label.encode()))
+        parts[0] += junk.items()
+        parts = [part for part in parts if part]
+        if rng.random() < 0.5:
+            files["in/0.tar"] = b"".join(map(tar_of, parts))
+        else:
+            files |= {f"in/{i}.tar": tar_of(part) for i, part in enumerate(parts)}
+    put(root, files)
+    return truth, total, options, strange
+
+
+def test_build_accounts_for_every_picture(tmp_path):
+    """Of 300 random trees, tars and tables: each picture is taken with its own class, or counted as
+    not taken; what fits no rule is refused."""
+    rng = np.random.default_rng(25)
+    for number in range(300):
+        root = tmp_path / str(number)
+        truth, total, options, strange = random_source(rng, root)
+        not_taken = essl_loader.NotTaken()
+        if strange:
+            with pytest.raises(DataError):
+                found(root, not_taken=not_taken, **options)
+            continue
+        of, printed = found(root, not_taken=not_taken, **options)
+        assert of == truth, (number, printed)
+        assert len(of) + not_taken.pictures == total, (number, printed)
+        if (root / "in/0.tar").exists() or (root / "in/0.parquet").exists() or options:
+            continue
+        loader = FolderLoader(root / "in", 1, num_workers=1)  # sees the same
+        classes = loader.classes or [None]
+        assert {name: classes[label] for name, label in zip(loader.names, loader.labels)} == of
+
+
+def test_build_unlabelled_and_names(tmp_path):
+    """Pictures without labels get -1 and classes null; each sample's name, also one that is not
+    UTF-8, leads back to its picture, in messages too; what is not taken is in the last line."""
+    rng = np.random.default_rng(8)
+    names = ["a.png", "b \u00e9.png", os.fsdecode(b"c\xff.png"), "d.png"]
+    pictures = {name: jpeg_of(draw(rng, 50, 40 + i)) for i, name in enumerate(names)}
+    put(tmp_path / "in", pictures | {".thumbs/a.png": X})
+    put(tmp_path / "tars", {f"{i}.tar": tar_of([(name, pictures[name])])
+                            for i, name in enumerate(names)})
+    out = built("--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton", "--limit", 3)
+    assert "3 images, no labels" in out and "0 left out, 2 not taken" in out.splitlines()[-1]
+    built("--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton", "--max-resolution", 49)
+    built("--data-dir", tmp_path / "tars", "--out", tmp_path / "y.beton", "--unlabelled")
+    for path, expected in (("x.beton", names), ("y.beton", [f"{i}.tar/{name}" for i, name
+                                                            in enumerate(names)])):
+        loader = ESSLLoader(tmp_path / path, 4, res=32)
+        assert json.loads((tmp_path / f"{path}.json").read_text())["classes"] is None
+        assert loader.classes is None and (next(iter(loader))[1] == -1).all()
+        assert list(loader.names) == expected and loader.names[-1] == expected[3]
+        assert [loader.reader.heights[i] for i in range(4)] == [40, 41, 42, 43] or path[0] == "x"
+        with pytest.raises(IndexError):
+            loader.names[4]
+    bad = spoil(tmp_path / "x.beton", tmp_path / "z.beton", 1)
+    for ending in (".json", ".names"):
+        shutil.copy(tmp_path / f"x.beton{ending}", f"{bad}{ending}")
+    with pytest.raises(DataError, match=r"z.beton: sample 1 \(b \u00e9.png\): "):
+        list(ESSLLoader(bad, 4, res=32))
+    assert "sample 1 (b \u00e9.png): " in built("--verify", bad, code=1)
+
+
+def test_build_replaces_only_its_own_files(folder, tmp_path):
+    """A user's file in the place of the .beton, its sidecar or names stops the build at once; an
+    x.json is never touched, but one of an earlier version is to be renamed; names are checked."""
+    words = ["--data-dir", folder / "val", "--out", tmp_path / "x.beton"]
+    mine = b'{"lr": 0.1}'
+    (tmp_path / "x.json").write_bytes(mine)
+    for name in ("x.beton", "x.beton.json", "x.beton.names"):
+        (tmp_path / name).write_bytes(mine)
+        errors = built(*words, code=2)
+        assert f"{name} exists" in errors and "--out" in errors
+        assert (tmp_path / name).read_bytes() == mine and len(os.listdir(tmp_path)) == 2
+        (tmp_path / name).unlink()
+    built(*words)
+    built(*words)  # again: these are ours
+    assert (tmp_path / "x.json").read_bytes() == mine and len(BetonReader(words[-1]).classes) == 2
+    os.replace(tmp_path / "x.beton.json", tmp_path / "x.json")
+    with pytest.raises(DataError, match="mv '.*x.json' '.*x.beton.json'"):
+        BetonReader(words[-1])
+    os.replace(tmp_path / "x.json", tmp_path / "x.beton.json")
+    names = tmp_path / "x.beton.names"
+    data = bytearray(names.read_bytes())
+    data[-1] ^= 1
+    names.write_bytes(data)
+    assert "x.beton.names" in built("--verify", words[-1], code=1)
+    for other in (shutil.copy(folder / "train.beton.names", tmp_path), data[:-1], b""):
+        names.write_bytes(Path(other).read_bytes() if isinstance(other, Path | str) else other)
+        with pytest.raises(DataError, match="x.beton.names: not the names"):
+            BetonReader(words[-1])
+
+
+def test_build_says_what_a_machine_lacks(folder, tmp_path, monkeypatch):
+    """A small /dev/shm, an unreadable folder, pictures beyond the limit of pixels, a pattern that
+    the shell expanded, a class that --skip-bad empties: each is named."""
+    words = ["--data-dir", folder / "val", "--out", tmp_path / "x.beton"]
+    small = os.statvfs_result((4096, 4096, 1, 1, 1, 0, 0, 0, 0, 255))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: small)
+        assert "/dev/shm" in built(*words, code=2)
+        with pytest.raises(DataError, match="/dev/shm"):
+            list(FolderLoader(folder / "val", 2))
+    with monkeypatch.context() as patch:
+        scandir = os.scandir
+
+        def refusing(path):
+            if str(path).endswith("/light"):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+        patch.setattr(os, "scandir", refusing)
+        assert "val/light: this folder cannot be read" in built(*words, code=2)
+    put(tmp_path, {f"in/{name}/0.jpg": jpeg_of(Image.new("RGB", (side, side)))
+                   for name, side in (("big", 60), ("small", 40))})
+    words = ["--data-dir", tmp_path / "in", "--out", tmp_path / "x.beton"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # given back at the end
+        patch.setattr(build_beton, "MAX_PIXELS", 2000)
+        assert "big/0.jpg: Image size (3600 pixels)" in built(*words, code=2)
+        out = built(*words, "--skip-bad")
+        assert "classes without a picture: 1 (big)" in out and "1 left out" in out
+    several = built("--data-dir", "a.tar", "b.tar", "--out", tmp_path / "x.beton", code=2)
+    assert "quotes" in several
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("words", [[], ["--lossless"]])
-def test_build_names_every_bad_picture(tmp_path, words):
+def test_build_names_every_bad_picture(tmp_path, monkeypatch, words):
     """All bad pictures are named at once, nothing is written; --skip-bad leaves them out."""
     good = jpeg_of(draw(np.random.default_rng(4), 90, 60))
     (tmp_path / "in").mkdir()
@@ -319,11 +787,15 @@ def test_build_names_every_bad_picture(tmp_path, words):
     assert "4 of 5" in errors and all(f"/{name}: " in errors for name in bad)
     assert os.listdir(tmp_path) == ["in"]
     built(*words, "--skip-bad")
-    left_out = json.loads((tmp_path / "x.json").read_text())["left_out"]
+    left_out = json.loads((tmp_path / "x.beton.json").read_text())["left_out"]
     assert [Path(entry["file"]).name for entry in left_out] == bad
     assert BetonReader(tmp_path / "x.beton").num_samples == 1
-    (tmp_path / "in/gone.jpg").symlink_to("nowhere")  # what a disk or a network does
-    errors = built(*words, "--skip-bad", "--limit", 6, code=1)
+    (tmp_path / "in/gone.jpg").symlink_to("nowhere")
+    assert "gone.jpg: a broken link, to nowhere" in built(*words, code=2)
+    assert "5 left out" in built(*words, "--skip-bad")
+    (tmp_path / "in/gone.jpg").unlink()
+    monkeypatch.setattr(build_beton, "list_folder", lambda *_: (["gone.jpg"] * 6, []))
+    errors = built(*words, "--skip-bad", code=1)  # what a disk or a network does
     assert "gone.jpg: [Errno 2]" in errors and "Traceback" not in errors
 
 
@@ -455,6 +927,28 @@ def test_build_copies_a_beton(tmp_path, beton):
         build_beton.get_args(["--data-dir", "a.beton", "--out", "b.beton", "--quality", "90"])
 
 
+def test_build_copies_labels_and_classes(tmp_path, folder):
+    """A copy keeps class names, also those that are numbers, labels and samples' names; --classes
+    names the numbers of a file without names."""
+    jpeg = jpeg_of(draw(np.random.default_rng(0), 60, 40))
+    for name in ("0", "2", "10"):  # in order: 0, 10, 2
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "x.jpg").write_bytes(jpeg)
+    built("--data-dir", tmp_path / "in", "--out", tmp_path / "numbers.beton")
+    for source in (tmp_path / "numbers.beton", folder / "train.beton"):
+        built("--data-dir", source, "--out", tmp_path / "copy.beton")
+        theirs, ours = BetonReader(source), BetonReader(tmp_path / "copy.beton")
+        assert ours.classes == theirs.classes and list(ours.names) == list(theirs.names)
+        assert np.array_equal(ours.labels, theirs.labels)
+    plain = write_beton(tmp_path / "plain.beton", [(0, 60, 40, jpeg)] * 3)  # labels 0 to 2
+    built("--data-dir", plain, "--out", tmp_path / "named.beton", "--classes",
+          tmp_path / "numbers.beton")
+    named = BetonReader(tmp_path / "named.beton")
+    assert named.classes == ["0", "10", "2"] and named.labels.tolist() == [0, 1, 2]
+    built("--data-dir", plain, "--out", tmp_path / "without.beton", "--unlabelled")
+    assert BetonReader(tmp_path / "without.beton").labels.tolist() == [-1] * 3
+
+
 @pytest.mark.parametrize("who, number, word", [("worker", signal.SIGKILL, "died"),
                                                ("parent", signal.SIGTERM, "stopped")])
 def test_build_killed_leaves_nothing(folder, tmp_path, monkeypatch, who, number, word):
@@ -553,9 +1047,9 @@ def test_build_verify_finds_one_flipped_bit(folder, tmp_path):
         with pytest.raises(DataError, match="x.beton"):
             BetonReader(out)
     out.write_bytes(whole)
-    sidecar = (folder / "val.json").read_text()  # of another build: one was killed in between
-    out.with_suffix(".json").write_text(sidecar)
-    with pytest.raises(DataError, match="x.json.*another build"):
+    sidecar = (folder / "val.beton.json").read_text()  # of another build: one was killed in between
+    out.with_suffix(".beton.json").write_text(sidecar)
+    with pytest.raises(DataError, match="x.beton.json.*another build"):
         BetonReader(out)
 
 
@@ -902,6 +1396,70 @@ def test_loader_folder_loader_has_the_same_surface(folder):
     assert len(list(batches)) == 3 and torch.equal(torch.get_rng_state(), state)
 
 
+def test_loader_folder_loader_refuses_what_the_builder_refuses(tmp_path):
+    """16-bit grey and float pictures, which a conversion would clip; pictures without folders have
+    no label."""
+    Image.fromarray(np.full((9, 9), 999, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "float.tiff")
+    loader = FolderLoader(tmp_path, 1, train=False, res=8, num_workers=1)
+    assert loader.labels.tolist() == [-1, -1] and loader.classes is None
+    for i, name in enumerate(("deep.png", "float.tiff")):
+        loader.indices = [i]
+        with pytest.raises(DataError, match=f"{name}: .*8 bits"):
+            list(loader)
+
+
+def test_loader_indices_are_checked_when_set(beton):
+    """Another length works from the next epoch on; what is no list of samples is refused."""
+    loader = ESSLLoader(beton, 4, train=False, res=16, indices=[3, 1])
+    assert [labels.tolist() for _, labels in loader] == [[3, 1]]
+    loader.indices = np.arange(30, 39)
+    assert len(loader) == 3 and torch.cat([y for _, y in loader]).tolist() == list(range(30, 39))
+    for wrong in (np.ones(40, bool), [True, False], [0.0, 1.0], [40], [-1], [], [[1, 2]], 3,
+                  [2 ** 63], ["1"]):
+        with pytest.raises(ValueError, match="indices of .*0 to 39.*flatnonzero"):
+            loader.indices = wrong
+        with pytest.raises(ValueError, match="indices of"):
+            ESSLLoader(beton, 4, indices=wrong)
+    with pytest.raises(ValueError):
+        loader.indices[0] = 99
+    assert loader.num_samples == 9
+    train = ESSLLoader(beton, 4, res=16)
+    train.indices = [5]
+    with pytest.raises(DataError, match="do not fill one batch"):
+        list(train)
+
+
+def test_loader_says_what_is_wrong_with_labels(tmp_path):
+    """Labels of -1, of 10 ** 12 and of one class in FFCV's files are named before training, for
+    both sets; a file without a label field has none."""
+    picture = (0, 16, 16, jpeg_of(Image.new("RGB", (16, 16))))
+
+    def labelled(name, *labels):
+        path = write_beton(tmp_path / name, [picture] * len(labels))
+        data = bytearray(path.read_bytes())
+        start = essl_loader.HEADER.itemsize + 2 * essl_loader.FIELD.itemsize
+        samples = np.frombuffer(data, essl_loader.SAMPLE, len(labels), start)
+        samples["label"] = labels
+        path.write_bytes(data)
+        return open_loader(path, 1)
+    good = labelled("good.beton", 0, 1, 2)
+    essl_loader.check_classes(good, labelled("val.beton", 1, 0))
+    for labels, words in (((-1, -1), "no labels"), ((0, -1, 1), "sample 1"),
+                          ((0, 10 ** 12), "up to"), ((5, 5), "one class")):
+        bad = labelled("bad.beton", *labels)
+        with pytest.raises(DataError, match=f"bad.beton.*{words}.*--labels"):
+            essl_loader.check_classes(bad, good)
+    for labels, words in (((0, -1), "sample 1"), ((0, 3), "0 to 3")):
+        with pytest.raises(DataError, match=f"bad.beton.*{words}"):
+            essl_loader.check_classes(good, labelled("bad.beton", *labels))
+    data = bytearray((tmp_path / "good.beton").read_bytes())
+    second = essl_loader.HEADER.itemsize + essl_loader.FIELD.itemsize
+    data[second] = 0  # the field's type: float64
+    (tmp_path / "float.beton").write_bytes(data)
+    assert BetonReader(tmp_path / "float.beton").labels.tolist() == [-1] * 3
+
+
 def test_loader_pages_order_reads_windows(tmp_path, monkeypatch):
     """order="pages": each sample once, ranks partition, files are read in sequential windows."""
     blob = jpeg_of(draw(np.random.default_rng(0), 40, 40)) + bytes(300_000)
@@ -1064,7 +1622,7 @@ def fuzz(number, folder):
         assert (0, got) in fine, number
     (folder / "x.jpg").write_bytes(jpeg)
     settings = vars(build_beton.get_args(["--data-dir=.", "--out=x.beton", "--lossless"]))
-    picture = build_beton.Picture(str(folder), "x.jpg", 0, -1, 0)
+    picture = build_beton.FilePicture(str(folder), "x.jpg", 0)
     result = build_beton.encode_sample(settings, picture)
     outcomes.append("bad picture" if isinstance(result, str) else "good picture")
     if outcomes[-1] == "good picture" and result.how.startswith("kept"):
@@ -1875,7 +2433,7 @@ def test_training_steps_keep_to_one_device():
             assert out.device.type == "cuda"
 
 
-def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch):
+def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch, capsys):
     """A flat folder without a probe, the paper's probe, weights to start from, a checkpoint that
     does not know a setting, which is its default, and a scheme of four stages."""
     state = torch.load(unbroken / "last.pt", weights_only=True)
@@ -1893,6 +2451,7 @@ def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch)
     for name, words in runs.items():
         assert pretrain_here(folder, tmp_path / name, *words) == 0
         logs[name] = list(log_of(tmp_path / name).values())
+    assert "dark has no labels: there is no online probe" in capsys.readouterr().out
     assert "probe_top1" not in logs["flat"][-1] and "probe_top1" in logs["full"][-1]
     assert logs["init"][0]["loss"] < logs["full"][0]["loss"]
     assert all(math.isfinite(line["loss"]) for line in logs["four"])
@@ -1944,12 +2503,15 @@ def test_pretrain_refuses_in_words(folder, tmp_path, capsys):
     cut.write_bytes((folder / "train.beton").read_bytes()[:-100])
     bad = spoil(folder / "train.beton", tmp_path / "bad.beton", 5)
     (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    built("--data-dir", folder / "val", "--out", tmp_path / "1.beton", "--limit", 1)
     for words, expected in (
             (["--data", "data/train_500_95.beton"], "--demo"), (["--data", cut], "cut.beton"),
             (["--data", bad], "bad.beton: sample 5"), (["--output-dir", cut / "run"], "cut.beton"),
             (["--input-size", 60], "60 pixels"), (["--stages", .5, .5, .5], "sum to 1"),
             (["--mask-ratio", 1.0], "mask ratio 1.0"), (["--mask-ratio", -0.1], "mask ratio -0.1"),
             (["--stages", .5, .5], "as many"),
+            (["--batch-size", 1], "--probe off"), (["--val-data", tmp_path / "1.beton"], "--probe off"),
+            (["--val-data", folder / "val/dark"], "--labels"),
             (["--output-dir", tmp_path], "--resume none")):
         words = flags(pretrain, folder, tmp_path / "x", *words)
         with pytest.raises((ValueError, OSError, SystemExit)) as raised:
@@ -2081,11 +2643,15 @@ def test_finetune_evaluates_an_epoch_that_died_in_evaluation(folder, mae, tmp_pa
 
 
 def test_finetune_refuses_other_data(folder, mae, unbroken, beton, tmp_path):
-    """Labels beyond the head, other class names, one class, a checkpoint without a head or of
-    another script: said in words."""
+    """Labels beyond the head, other class names, one class, no labels, a checkpoint without a head
+    or of another script: said in words."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/dark").symlink_to(folder / "train/dark")
     for words, word in ((["--val-data", beton], "labels 0 to 39"),
-                        (["--val-data", folder / "train/dark"], "differ in light"),
-                        (["--data", folder / "train/dark"], "one class"),
+                        (["--val-data", tmp_path / "one"], "differ in light"),
+                        (["--val-data", folder / "train/dark"], "without a label"),
+                        (["--data", folder / "train/dark"], "no labels"),
+                        (["--data", tmp_path / "one"], "one class"),
                         (["--resume", unbroken / "last.pt"], "other settings")):
         with pytest.raises(ValueError, match=word):
             train(finetune, *flags(finetune, folder, tmp_path, *words))
@@ -2149,6 +2715,27 @@ def test_linprobe_stores_the_models_features(folder, mae, tmp_path):
     assert results[0] == results[1] and json.loads(results[0])["n"] == 13
 
 
+def test_linprobe_features_lead_back_to_pictures(folder, mae, tmp_path):
+    """--features writes each picture's features, label and name, also where there is no label."""
+    for name, data, labels in (("a", folder / "val.beton", [0] * 7 + [1] * 6),
+                               ("b", folder / "val/dark", [-1] * 7)):
+        path = tmp_path / f"{name}.npz"
+        words = flags(linprobe, folder, tmp_path / "run", "--data", data, "--features", path,
+                      "--pool", "mean")
+        assert train(linprobe, *words) == 0
+        with pytest.raises(DataError, match=f"{name}.npz exists"):
+            train(linprobe, *words)
+        arrays = np.load(path)
+        pictures = [Path(data.parent / data.stem, name) for name in arrays["names"]]
+        assert pictures == sorted((folder / "val").glob(f"{'*' if name == 'a' else 'dark'}/*.png"))
+        assert arrays["labels"].tolist() == labels and arrays["samples"].tolist() == [
+            *range(len(labels))]
+        images, _ = next(iter(open_loader(data, 64, train=False, res=32)))
+        expected = mae.features(images).detach().numpy()
+        np.testing.assert_allclose(arrays["features"], expected, rtol=0.01, atol=0.01)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path):
     """A finished probe measures another held-out set; other weights under its path are refused."""
     path = shutil.copy(folder / "mae.pt", tmp_path)
@@ -2157,6 +2744,9 @@ def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path):
     assert train(linprobe, *words, "--val-data", folder / "train") == 0
     rows = [json.loads(row) for row in (tmp_path / "run/results.jsonl").open()]
     assert [row["n"] for row in rows] == [13, 64]
+    for bad in (["--batch-size", 1, "--total-batch", 1], ["--data", folder / "train/dark"]):
+        with pytest.raises(DataError, match="BatchNorm|no labels"):
+            train(linprobe, *words, *bad)
     state = torch.load(path, weights_only=True)
     state["modules"]["model.norm.weight"] *= 1.01
     torch.save(state, path)
