@@ -2510,7 +2510,8 @@ def test_pretrain_refuses_in_words(folder, tmp_path, capsys):
             (["--input-size", 60], "60 pixels"), (["--stages", .5, .5, .5], "sum to 1"),
             (["--mask-ratio", 1.0], "mask ratio 1.0"), (["--mask-ratio", -0.1], "mask ratio -0.1"),
             (["--stages", .5, .5], "as many"),
-            (["--batch-size", 1], "--probe off"), (["--val-data", tmp_path / "1.beton"], "--probe off"),
+            (["--batch-size", 1], "--probe off"),
+            (["--val-data", tmp_path / "1.beton"], "--probe off"),
             (["--val-data", folder / "val/dark"], "--labels"),
             (["--output-dir", tmp_path], "--resume none")):
         words = flags(pretrain, folder, tmp_path / "x", *words)
