@@ -388,7 +388,10 @@ def resume(resume, last, settings, defaults, **parts):
         raise WeightsError(f"{path} is of a run with other settings: {'; '.join(mismatches)}. Give "
                            "the same, another --output-dir, or --resume none to start over.")
     for name, part in parts.items():
-        part.load_state_dict(state.pop(name))  # not kept twice
+        try:
+            part.load_state_dict(state.pop(name))  # not kept twice
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise WeightsError(f"{path}, {name}: {e}. --resume none starts anew.") from e
     return state
 
 

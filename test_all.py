@@ -5,6 +5,7 @@ photos as well. Everything is compared with something independent: Pillow, stock
 float64, the paper's tables. `-m soak` runs the long ones (kills, damaged files) and `-m cuda` those
 that need a GPU.
 """
+import collections
 import contextlib
 import copy
 import ctypes
@@ -33,6 +34,7 @@ import numba
 import numpy as np
 import pyarrow
 import pytest
+import timm.optim
 import torch
 import turbojpeg
 from numba import typeof, types
@@ -42,6 +44,7 @@ from timm.optim import muon
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import build_beton
@@ -1191,10 +1194,8 @@ def unbroken(folder, tmp_path_factory):
 @pytest.mark.parametrize("script, words", [
     (pretrain, ["--repeat", 2, "--optimizer", "muon"]), (finetune, []), (linprobe, []),
     (linprobe, ["--cached"])])
-def test_runs_resume_bit_identical(folder, mae, tmp_path, monkeypatch, script, words):
+def test_runs_resume_bit_identical(folder, mae, tmp_path, script, words):
     """Stopped in and at the end of an epoch, through all stages: the bits of the unbroken run."""
-    in_float32 = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
-    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", in_float32)  # bfloat16 takes minutes
     whole = flags(script, folder, tmp_path / "whole", *words)
     cut = flags(script, folder, tmp_path / "cut", *words)
     assert train(script, *whole) == 0
@@ -1266,6 +1267,120 @@ def test_pretrain_muon_is_for_the_matrices_of_the_blocks(folder, tmp_path):
             assert 0.7 < scales[1] <= scales[0] < 1.3, name  # in decreasing order
         elif before.requires_grad:
             assert 0.5 * lr < step.abs().median() < 1.01 * lr, name
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the operations that reach a device, by name, and the numbers that are asked of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.__name__.split(".")[0]
+        self.counts[name] += 1
+        if name == "_local_scalar_dense" and args[0].shape == ():  # (1,): the flag of signals
+            self.counts["asked"] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def muon_groups(model, matrix_flags, other_flags):
+    """The groups of pretrain.py's optimizer: the blocks' matrices, then the rest for AdamW."""
+    groups = timm.optim.param_groups_weight_decay(model, 0.05)
+    matrices = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if all(p is not m for m in matrices)]
+        group |= other_flags
+    return [{"params": matrices, "weight_decay": 0.05, **matrix_flags}, *groups]
+
+
+def make_muons(model):
+    """Ours and timm's, each with its own copy of a model."""
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-7}
+    groups = muon_groups(ours, {"momentum": 0.95}, {})
+    reference = muon_groups(theirs, {"nesterov": True}, {"use_fallback": True})
+    return {ours: pretrain.Muon(groups, fused=True, **options),
+            theirs: timm.optim.Muon(reference, **options)}
+
+
+def draw_gradients(model, seed):
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pretrain_muon_equals_timms(monkeypatch, dtype):
+    """Six steps with weight decay and a changing rate equal timm's to rounding; GradScaler skips
+    two, for a bias and for a matrix, after which gradients are scaled by another number."""
+    rounded = functools.partial(muon.zeropower_via_newtonschulz, dtype=dtype)
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", rounded)
+    monkeypatch.setattr(pretrain, "cpu_has_bfloat16", lambda: dtype is torch.bfloat16)
+    torch.manual_seed(0)
+    muons = make_muons(models_mae.mae_vit_nano_patch8(img_size=32, depth=2))
+    for model, optimizer in muons.items():
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2 ** 30)
+        for step in range(6):
+            draw_gradients(model, step)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.grad *= scaler.scale(torch.ones(()))
+            if step == 2:
+                model.norm.bias.grad[3] = math.nan
+            if step == 4:
+                model.blocks[1].attn.qkv.weight.grad[5, 7] = math.inf
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (1 + step)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 0.25
+    for (name, ours), (_, theirs) in zip(*(model.named_parameters() for model in muons)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=name)
+
+
+def test_pretrain_muon_launches_do_not_grow_with_depth():
+    """Twelve blocks take as many operations as two, a sixth of timm's or less, and none of them
+    waits for a number."""
+    counts = {}
+    for depth in (2, 12):
+        model = models_mae.mae_vit_nano_patch8(img_size=32, depth=depth)
+        for copied, optimizer in make_muons(model).items():
+            for seed in range(2):  # the first step makes the state
+                draw_gradients(copied, seed)
+                with CountOps() as counter:
+                    optimizer.step()
+            counts[type(optimizer), depth] = counter.counts
+    ours = counts[pretrain.Muon, 12]
+    assert ours == counts[pretrain.Muon, 2] and "_local_scalar_dense" not in ours
+    assert 6 * ours.total() < counts[timm.optim.Muon, 12].total()
+
+
+def test_pretrain_refuses_a_checkpoint_of_timms_muon(folder, tmp_path):
+    """A run that older code began is named, with the remedy."""
+    words = ("--optimizer", "muon", "--probe", "off")
+    assert pretrain_here(folder, tmp_path, *words, "--max-steps", 1) == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    model = models_mae.mae_vit_nano_patch8(img_size=32)
+    _, (_, optimizer) = make_muons(model).items()
+    state["optimizer"] = optimizer.state_dict()
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(WeightsError, match="last.pt, optimizer: .*timm's.*--resume none"):
+        pretrain_here(folder, tmp_path, *words)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_pretrain_a_step_waits_for_no_number(folder, tmp_path, optimizer):
+    """Twice as many steps between the same log lines ask the device for no number more. (The flag
+    of signals is on the CPU always.)"""
+    asked = []
+    for total_batch in (16, 8):
+        with CountOps() as counter:
+            out = tmp_path / f"{total_batch}"
+            assert pretrain_here(folder, out, "--optimizer", optimizer, "--epochs", 2,
+                                 "--total-batch", total_batch, "--viz-every", 99) == 0
+        asked.append(counter.counts["asked"])
+    assert asked[0] == asked[1] > 0
 
 
 def test_pretrain_skips_a_step_that_is_not_finite(folder, tmp_path):
