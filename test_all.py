@@ -665,6 +665,51 @@ def test_loader_names_what_is_wrong(beton, tmp_path, at, value):
         list(ESSLLoader(tmp_path / "bad.beton", 8, train=False, res=64))
 
 
+def test_loader_copies_ahead_and_keeps_what_is_copied(folder, monkeypatch):
+    """With a stream that copies as late as it may: no batch's memory is filled again before, each
+    batch waits for its own copy alone and is recorded on the stream that uses it."""
+    expected = epochs_of(ESSLLoader(folder / "train.beton", 8, res=24, num_workers=2))
+    under_way, recorded = [], []
+
+    class Copied:
+        def __init__(self, source):  # which it does not keep, as a copy on a GPU does not
+            self.address, self.size, self.stride = source.data_ptr(), source.shape, source.stride()
+            self.nbytes, self.dtype = source.nbytes, source.dtype
+            under_way.append(self)
+
+        def record_stream(self, stream):
+            assert self not in under_way
+            recorded.append(stream)
+
+    class Event:
+        def __init__(self):
+            self.copies = list(under_way)
+
+        def synchronize(self):
+            for copied in [copied for copied in self.copies if copied in under_way]:
+                memory = bytearray(ctypes.string_at(copied.address, copied.nbytes))
+                flat = torch.frombuffer(memory, dtype=copied.dtype)
+                copied.values = flat.as_strided(copied.size, copied.stride)
+                under_way.remove(copied)
+    stream = SimpleNamespace(record_event=Event)
+    empty, moved = torch.empty, torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "training's")
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kw: empty(*args, **kw))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kw: (
+        Copied(self) if kw.get("non_blocking") else moved(self, *args, **kw)))
+    loader = ESSLLoader(folder / "train.beton", 8, res=24, num_workers=2, device="cuda")
+    found = []
+    for _ in range(2):
+        for images, labels in loader:
+            assert len(under_way) <= 2  # the next batch's pictures and labels
+            found.append((images.values, labels.values))
+    assert set(recorded) == {"training's"} and len(recorded) == 2 * len(found) and not under_way
+    assert [(a.numpy().tobytes(), b.tolist()) for a, b in found] == expected
+
+
 def test_loader_folder_loader_has_the_same_surface(folder):
     """FolderLoader gives ESSLLoader's labels, in its order; signals do not end its epoch."""
     theirs, ours = (open_loader(folder / name, 16, res=64, seed=6, views=2, num_workers=2)
@@ -1490,6 +1535,50 @@ def test_pretrain_compiled_and_bf16_agree_with_eager_float32(device):
     assert losses["bf16"] == pytest.approx(expected, rel=2e-2)
 
 
+DDP = """
+import json, torch, models_mae, pretrain
+from torch._dynamo.backends.debugging import aot_eager
+rank, world, *_ = pretrain.setup(0, training=False)
+model = models_mae.mae_vit_nano_patch8(img_size=32, depth=1, decoder_depth=1)
+module = pretrain.ModelWithProbe(model, 4, "masked", 1)
+ddp_model = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+graphs = []
+
+def count(graph, inputs):
+    graphs.append(graph)
+    return aot_eager(graph, inputs)
+
+compute_loss = torch.compile(ddp_model, dynamic=False, backend=count)
+rng = torch.Generator().manual_seed(rank)  # other pictures on each rank
+counts, agree = [], []
+for res in (32, 24, 32):
+    for micro in range(2):
+        images = torch.randint(256, (4, 3, res, res), dtype=torch.uint8, generator=rng)
+        noise = torch.rand(4, (res // 8) ** 2, generator=rng)
+        ddp_model.require_backward_grad_sync = micro == 1
+        compute_loss(images, torch.arange(4), 0.75, noise)[0].backward()
+        grads = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
+        every = [torch.empty_like(grads) for _ in range(world)]
+        torch.distributed.all_gather(every, grads)
+        agree.append(torch.equal(*every))
+    ddp_model.zero_grad()
+    counts.append(len(graphs))
+if rank == 0:
+    print(json.dumps([counts, agree]))
+torch.distributed.barrier()
+"""
+
+
+def test_pretrain_ddp_compiles_once_for_a_shape(tmp_path):
+    """Over s5's stages with accumulation: graphs for two shapes, none for the third stage, and the
+    ranks' gradients are equal after the last micro-batch alone."""
+    (tmp_path / "ddp.py").write_text(DDP)
+    done = run(tmp_path / "ddp.py", ranks=2, PYTHONPATH=str(HERE))
+    counts, agree = json.loads(done.stdout.splitlines()[-1])
+    assert counts == [counts[0], 2 * counts[0], 2 * counts[0]] and counts[0] > 0
+    assert agree == [False, True] * 3
+
+
 @pytest.mark.cuda
 def test_pretrain_on_cuda_keeps_its_memory_and_resumes(folder, tmp_path):
     """40 short epochs reserve no more memory at the end; stopped and resumed, the loss is close."""
@@ -1836,6 +1925,24 @@ def test_linprobe_stores_the_models_features(folder, mae, tmp_path):
     run("linprobe.py", *flags(linprobe, folder, tmp_path / "2", "--knn"), ranks=2)
     results = [(tmp_path / name / "results.jsonl").read_text() for name in "12"]
     assert results[0] == results[1] and json.loads(results[0])["n"] == 13
+
+
+def test_linprobe_compiles_once(folder, mae, tmp_path, monkeypatch):
+    """One graph for both sets, though the last batch of each is short; the result is eager's."""
+    compile_module = torch.nn.Module.compile
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(
+        self, backend=count, **options))
+    rows = []
+    for word in ("--no-compile", "--compile"):
+        words = flags(linprobe, folder, tmp_path / word, "--knn", word, "--batch-size", 10)
+        assert train(linprobe, *words) == 0
+        rows.append((tmp_path / word / "results.jsonl").read_text())
+    assert len(compiled) == 1 and rows[0] == rows[1]
 
 
 def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path):
