@@ -2104,6 +2104,26 @@ def test_scripts_share_the_setup_block():
             assert not re.search(rf"^\s*(import|from) ({'|'.join(scripts)})\b", text, re.M), path
 
 
+@pytest.mark.parametrize("only, failed", [("card|demo_data|waits|knn|stop", ["knn"]),
+                                          soak(".*", [])])
+def test_gpu_hour_runs_on_the_cpu(tmp_path, only, failed):
+    """With tiny sizes: every step leaves a line, results are rows; a step that fails (kNN without a
+    checkpoint) is named and the next ones run."""
+    env = {**os.environ, "TINY": "1", "ONLY": only, "OMP_NUM_THREADS": "1",
+           "WORK": str(tmp_path / "work"),
+           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([HERE / "extras/gpu_hour.sh", tmp_path], capture_output=True, text=True,
+                          env=env, timeout=600)
+    assert done.returncode == bool(failed), done.stdout + done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [name for name, row in summary["steps"].items() if not row["passed"]] == failed
+    assert {"card", "demo_data", "waits", "knn", "stop"} <= set(summary["steps"])
+    rows = {row["step"]: row for row in summary["rows"]}
+    assert rows["card"]["cores"] >= 1 and rows["waits"]["waits_a_step"] == 0
+    last_line = done.stdout.splitlines()[-1]
+    assert last_line.startswith("failed: knn" if failed else "all passed")
+
+
 def test_readme_names_only_flags_that_exist():
     """Every flag that the README gives a script is one that the script has."""
     text = (HERE / "README.md").read_text()
