@@ -413,7 +413,8 @@ def main(args):
         batches = iter(loader)
         loss_sum = torch.zeros(2, device=device)  # of this epoch; and how many were finite
         t0 = time.monotonic()
-        first_step = step  # since t0
+        first_step = step
+        timed_from = step  # the step at t0
         model.train()
         while step < (epoch + 1) * steps_per_epoch and not stopping:
             if time.monotonic() - saved_at > 60 * args.save_minutes:  # after an evaluation
@@ -449,10 +450,10 @@ def main(args):
             stopping = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
             if world > 1:
                 dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
-            if step == epoch * steps_per_epoch + 1 < (epoch + 1) * steps_per_epoch:
+            if step == first_step + 1 and step < (epoch + 1) * steps_per_epoch:
                 scaler.get_scale()  # waits for the GPU: the first step may compile
                 t0 = time.monotonic()
-                first_step = step
+                timed_from = step
 
         batches.close()
         if step == (epoch + 1) * steps_per_epoch:
@@ -464,7 +465,7 @@ def main(args):
             if not np.isfinite(mean_loss) or skipped > step / 2:
                 raise DataError(f"epoch {epoch + 1}: loss {mean_loss}, {skipped} steps not finite. "
                                 "Lower --blr and start over with --resume none.")
-            img_s = (step - first_step) * args.total_batch / (time.monotonic() - t0)
+            img_s = (step - timed_from) * args.total_batch / (time.monotonic() - t0)
             result = evaluate(model, val, autocast)
             values = dict(epoch=epoch + 1, stage=index + 1, res=res, loss=mean_loss, lr=lr,
                           img_s=img_s, skipped_steps=skipped, **result)
