@@ -8,13 +8,17 @@ Give the same command again and the run goes on from last.pt. The last line is t
     done: 10 epochs, top-1 96.00 % of 200 pictures, best 96.50 %, 0:01:12, runs/finetune/last.pt
 """
 import argparse
+import fcntl
 import json
 import os
 import re
+import shlex
 import signal
+import socket
 import sys
 import time
 import timeit
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,16 +97,27 @@ def setup(seed, training):
     """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1 and "RANK" not in os.environ:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        raise SystemExit(
+            f"Slurm starts {tasks} processes (SLURM_NTASKS), and each would be a run of its own. "
+            f"This makes one run of them: srun --ntasks {nodes} --cpus-per-task $SLURM_CPUS_ON_NODE"
+            f" torchrun --nnodes {nodes} --nproc_per_node {tasks // nodes} --rdzv-backend c10d "
+            f"--rdzv-endpoint $(hostname):29500 {shlex.join(sys.argv)} (for one process alone: "
+            "unset SLURM_NTASKS)")
+    if rank >= world:
+        raise SystemExit(f"RANK {rank} needs a WORLD_SIZE above it. torchrun sets both.")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpu = os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())
+        device = torch.device("cuda", int(gpu))
         torch.cuda.set_device(device)
     elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise SystemExit("torch cannot use the GPU. Update its driver; CPU: CUDA_VISIBLE_DEVICES=")
-    if world > 1:  # a prefix per attempt: torchrun's store still holds the addresses of dead ranks
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = connect(rank, world)
         dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
@@ -111,13 +126,85 @@ def setup(seed, training):
     return rank, world, device, stop
 
 
+def connect(rank, world, minutes=5):
+    """The store by which the ranks find one another, behind a prefix that is new at each start.
+
+    After a restart torchrun's store still holds the addresses of dead ranks, and the agents of two
+    machines count restarts apart. So each rank asks under a new name, and rank 0 answers with the
+    prefix. Without torchrun's agent rank 0 serves the store.
+    """
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing:
+        raise SystemExit(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set. "
+                         "torchrun sets all of them.")
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    own_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(minutes=minutes)
+    name = uuid.uuid4().hex
+    try:
+        store = dist.TCPStore(*address, is_master=own_server, timeout=limit, wait_for_workers=False)
+        if rank > 0:
+            store.set(f"rank {rank}", name)
+            prefix = store.get(name).decode()  # waits for rank 0
+            store.add(prefix, 1)
+            return dist.PrefixStore(prefix, store)
+    except dist.DistError as e:
+        raise SystemExit(f"Rank {rank}: no answer of rank 0 at {address[0]}:{address[1]}. {e}")
+    keys = [f"rank {other}" for other in range(1, world)]
+    start = time.monotonic()
+    while store.add(name, 0) < world - 1:
+        for key in keys:  # what a dead rank asked gets an answer too, which nobody reads
+            if store.check([key]):
+                store.set(store.get(key), name)
+        if time.monotonic() - start > limit.total_seconds():
+            raise SystemExit(f"{store.add(name, 0) + 1} of {world} ranks came within {minutes} "
+                             "minutes. Start all of them.")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def lock_folder(folder):
+    """A run has its folder alone. The kernel takes the lock back when the process ends."""
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closing it would end the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.pread(file, 200, 0).decode() or "another process"
+        raise SystemExit(f"{folder} is in use by {owner}. Wait for its end, or give another "
+                         "--output-dir. One run on several GPUs is started by torchrun.")
+    except OSError as e:
+        return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
+        path.unlink()
+
+
+def check_ranks(**values):
+    """Ends the run where ranks differ: they would wait for one another, or train on other data."""
+    if not dist.is_initialized():
+        return
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, values)
+    differences = []
+    for name in values:
+        found = [f"{other[name]} on rank {rank}" for rank, other in enumerate(ranks)]
+        if any(other[name] != ranks[0][name] for other in ranks):
+            differences.append(f"{name}: {', '.join(found)}")
+    if differences and dist.get_rank() > 0:
+        raise SystemExit(1)  # rank 0 says it
+    if differences:
+        raise SystemExit(f"The ranks differ. {'; '.join(differences)}. All machines must see the "
+                         "same data and --output-dir, and get the same command.")
+
+
 def print0(text):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
 def save_checkpoint(path, **state):  # written aside, then renamed: path is always whole
-    tmp_path = path.with_suffix(".tmp")
+    tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
             torch.save(state, f)
@@ -216,7 +303,7 @@ def evaluate(model, loader, autocast):
 
 
 def main(args):
-    start = time.time()
+    start = time.monotonic()
     rank, world, device, stop = setup(args.seed, training=not (args.eval or args.benchmark))
     folder = Path(args.output_dir)
     last = folder / "last.pt"
@@ -226,6 +313,8 @@ def main(args):
     if args.benchmark:
         return benchmark(args, device)
     folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not args.eval:
+        lock_folder(folder)
 
     # --- weights
     if args.eval:
@@ -299,6 +388,7 @@ def main(args):
     state = models_mae.resume(args.resume, last, settings, defaults, **parts)
     step = state["step"] if state else 0
     best = state["best"] if state else -1.0
+    check_ranks(step=step, batch_size=args.batch_size, **settings)
     if step == steps:
         return print0(f"{last} is finished: {args.epochs} epochs, best top-1 {best:.2f} %.")
 
@@ -307,12 +397,12 @@ def main(args):
     print0(f"{args.finetune} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} "
            f"x {args.batch_size} x {accum} a step")
 
-    def checkpoint(path):
+    def checkpoint(path, parts):
         if rank == 0:
             save_checkpoint(path, epoch=epoch + 1, step=step, best=best, settings=settings,
                             model=model.settings, classes=loader.classes,
                             **{k: part.state_dict() for k, part in parts.items()})
-    saved_at = time.time()
+    saved_at = time.monotonic()
     stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
         index, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
@@ -323,13 +413,16 @@ def main(args):
         loader.set_stage(res=res, scale=(low ** 2, high ** 2))
         batches = iter(loader)
         loss_sum = torch.zeros(2, device=device)  # of this epoch; and how many were finite
-        t0 = time.time()
+        t0 = time.monotonic()
         first_step = step
+        timed_from = step  # the step at t0
         model.train()
         while step < (epoch + 1) * steps_per_epoch and not stopping:
-            if time.time() - saved_at > 60 * args.save_minutes:  # after an evaluation
-                checkpoint(last)
-                saved_at = time.time()
+            if time.monotonic() - saved_at > 60 * args.save_minutes:  # after an evaluation
+                scaler.get_scale()  # waits for the GPU
+                saved_at = time.monotonic()
+                checkpoint(last, parts)
+                t0 += time.monotonic() - saved_at
             # 3 Aug, erasing, mixup and drop path draw by (seed, step, rank) alone
             draws = np.random.SeedSequence([args.seed, step, rank])
             random_seed(int(draws.generate_state(1)[0]))  # Python's, numpy's and torch's
@@ -358,6 +451,10 @@ def main(args):
             stopping = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
             if world > 1:
                 dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
+            if step == first_step + 1 and step < (epoch + 1) * steps_per_epoch:
+                scaler.get_scale()  # waits for the GPU: the first step may compile
+                t0 = time.monotonic()
+                timed_from = step
 
         batches.close()
         if step == (epoch + 1) * steps_per_epoch:
@@ -369,7 +466,7 @@ def main(args):
             if not np.isfinite(mean_loss) or skipped > step / 2:
                 raise DataError(f"epoch {epoch + 1}: loss {mean_loss}, {skipped} steps not finite. "
                                 "Lower --blr and start over with --resume none.")
-            img_s = (step - first_step) * args.total_batch / (time.time() - t0)
+            img_s = (step - timed_from) * args.total_batch / (time.monotonic() - t0)
             result = evaluate(model, val, autocast)
             values = dict(epoch=epoch + 1, stage=index + 1, res=res, loss=mean_loss, lr=lr,
                           img_s=img_s, skipped_steps=skipped, **result)
@@ -377,14 +474,14 @@ def main(args):
             log(board, step, **values)
             if result["top1"] > best:
                 best = result["top1"]
-                checkpoint(folder / "best.pt")
+                checkpoint(folder / "best.pt", {"modules": parts["modules"]})
         if stopping or step == steps:
-            checkpoint(last)
+            checkpoint(last, parts)
             break
 
     # --- end
     print0(f"done: {args.epochs} epochs, top-1 {result['top1']:.2f} % of {result['n']:,} pictures, "
-           f"best {best:.2f} %, {timedelta(seconds=int(time.time() - start))}, {last}"
+           f"best {best:.2f} %, {timedelta(seconds=int(time.monotonic() - start))}, {last}"
            if step == steps else f"stopped at step {step}; the same command goes on from {last}")
     if board:
         board.close()

@@ -12,12 +12,16 @@ samples (n,), numbers in the file. Else the last line is the result, which resul
     done: linear probe on cls features, top-1 92.00 % of 200 pictures, 0:01:05
 """
 import argparse
+import fcntl
 import json
 import os
 import re
+import shlex
 import signal
+import socket
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,8 +39,8 @@ from essl_loader import DataError, check_batches, check_classes, open_loader
 from schedules import lr_at
 
 # Flags that a resumed run may change; all others must be those of the run before
-FREE = ("checkpoint", "data", "val_data", "output_dir", "batch_size", "resume", "num_workers",
-        "features")
+FREE = ("checkpoint", "data", "val_data", "output_dir", "batch_size", "compile", "resume",
+        "num_workers", "save_minutes", "features")
 
 
 def get_args(argv):
@@ -59,10 +63,13 @@ def get_args(argv):
     add("--weight-decay", type=float, default=0.0, help="of the matrix")
     add("--total-batch", type=int, default=16384, help="pictures a step, over all GPUs")
     add("--batch-size", type=int, default=512, help="of one GPU at once; the rest by accumulation")
+    on_off = argparse.BooleanOptionalAction
+    add("--compile", action=on_off, default=torch.cuda.is_available(), help="by torch.compile")
     add("--seed", type=int, default=0, help="of weights, order and crops")
     add("--resume", default="auto", help="auto: from the run's last.pt if there; none; or a PATH")
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
+    add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
     args = p.parse_args(re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
                         for word in argv)
     if args.features and args.features.suffix != ".npz":
@@ -78,16 +85,27 @@ def setup(seed, training):
     """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1 and "RANK" not in os.environ:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        raise SystemExit(
+            f"Slurm starts {tasks} processes (SLURM_NTASKS), and each would be a run of its own. "
+            f"This makes one run of them: srun --ntasks {nodes} --cpus-per-task $SLURM_CPUS_ON_NODE"
+            f" torchrun --nnodes {nodes} --nproc_per_node {tasks // nodes} --rdzv-backend c10d "
+            f"--rdzv-endpoint $(hostname):29500 {shlex.join(sys.argv)} (for one process alone: "
+            "unset SLURM_NTASKS)")
+    if rank >= world:
+        raise SystemExit(f"RANK {rank} needs a WORLD_SIZE above it. torchrun sets both.")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpu = os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())
+        device = torch.device("cuda", int(gpu))
         torch.cuda.set_device(device)
     elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise SystemExit("torch cannot use the GPU. Update its driver; CPU: CUDA_VISIBLE_DEVICES=")
-    if world > 1:  # a prefix per attempt: torchrun's store still holds the addresses of dead ranks
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = connect(rank, world)
         dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
@@ -96,13 +114,85 @@ def setup(seed, training):
     return rank, world, device, stop
 
 
+def connect(rank, world, minutes=5):
+    """The store by which the ranks find one another, behind a prefix that is new at each start.
+
+    After a restart torchrun's store still holds the addresses of dead ranks, and the agents of two
+    machines count restarts apart. So each rank asks under a new name, and rank 0 answers with the
+    prefix. Without torchrun's agent rank 0 serves the store.
+    """
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing:
+        raise SystemExit(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set. "
+                         "torchrun sets all of them.")
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    own_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(minutes=minutes)
+    name = uuid.uuid4().hex
+    try:
+        store = dist.TCPStore(*address, is_master=own_server, timeout=limit, wait_for_workers=False)
+        if rank > 0:
+            store.set(f"rank {rank}", name)
+            prefix = store.get(name).decode()  # waits for rank 0
+            store.add(prefix, 1)
+            return dist.PrefixStore(prefix, store)
+    except dist.DistError as e:
+        raise SystemExit(f"Rank {rank}: no answer of rank 0 at {address[0]}:{address[1]}. {e}")
+    keys = [f"rank {other}" for other in range(1, world)]
+    start = time.monotonic()
+    while store.add(name, 0) < world - 1:
+        for key in keys:  # what a dead rank asked gets an answer too, which nobody reads
+            if store.check([key]):
+                store.set(store.get(key), name)
+        if time.monotonic() - start > limit.total_seconds():
+            raise SystemExit(f"{store.add(name, 0) + 1} of {world} ranks came within {minutes} "
+                             "minutes. Start all of them.")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def lock_folder(folder):
+    """A run has its folder alone. The kernel takes the lock back when the process ends."""
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closing it would end the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.pread(file, 200, 0).decode() or "another process"
+        raise SystemExit(f"{folder} is in use by {owner}. Wait for its end, or give another "
+                         "--output-dir. One run on several GPUs is started by torchrun.")
+    except OSError as e:
+        return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
+        path.unlink()
+
+
+def check_ranks(**values):
+    """Ends the run where ranks differ: they would wait for one another, or train on other data."""
+    if not dist.is_initialized():
+        return
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, values)
+    differences = []
+    for name in values:
+        found = [f"{other[name]} on rank {rank}" for rank, other in enumerate(ranks)]
+        if any(other[name] != ranks[0][name] for other in ranks):
+            differences.append(f"{name}: {', '.join(found)}")
+    if differences and dist.get_rank() > 0:
+        raise SystemExit(1)  # rank 0 says it
+    if differences:
+        raise SystemExit(f"The ranks differ. {'; '.join(differences)}. All machines must see the "
+                         "same data and --output-dir, and get the same command.")
+
+
 def print0(text):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
 def save_checkpoint(path, **state):  # written aside, then renamed: path is always whole
-    tmp_path = path.with_suffix(".tmp")
+    tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
             torch.save(state, f)
@@ -128,8 +218,10 @@ def encoded(model, loader, autocast, stop=None):
     for images, labels in loader:
         if stop:
             raise SystemExit("linprobe: stopped before training; give the command again.")
+        # The last batch may be short: not worth compiling for, so it goes by the plain forward
+        encode = model if len(images) == loader.batch_size else model.forward
         with torch.no_grad(), autocast:
-            features = model(images)
+            features = encode(images)
         yield features.float(), labels  # outside: a generator's no_grad would reach its caller
 
 
@@ -189,12 +281,14 @@ def make_optimizer(matrix, vector, weight_decay):
 
 
 def main(args):
-    start = time.time()
+    start = time.monotonic()
     if args.features and args.features.exists():
         raise DataError(f"{args.features} exists: it is not replaced. Name another file.")
     rank, world, device, stop = setup(args.seed, training=not (args.knn or args.features))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not (args.knn or args.features):
+        lock_folder(folder)
     last = folder / "last.pt"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -206,6 +300,8 @@ def main(args):
     if weights:
         models_mae.load_into(model, weights, args.checkpoint)
     model = model.to(device).eval().requires_grad_(False)
+    if args.compile:
+        model.compile(dynamic=False)
 
     # --- data. The published crop tries one box and clips it; ours tries ten, of the same areas
     shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank,
@@ -247,6 +343,7 @@ def main(args):
     state = models_mae.resume("none" if args.knn else args.resume, last, settings,
                               vars(get_args(["--checkpoint="])), **parts)
     step = state["step"] if state else 0
+    check_ranks(step=step, batch_size=args.batch_size, **settings)
     if stored:
         bank, bank_labels = store_features(model, loader, autocast, stop)
     val_features, val_labels = store_features(model, val, autocast, stop)  # they never change
@@ -262,7 +359,7 @@ def main(args):
             with open(folder / "results.jsonl", "a") as f:
                 f.write(row + "\n")
         print0(f"done: {kind} on {args.pool} features, top-1 {result['top1']:.2f} % of "
-               f"{result['n']:,} pictures, {timedelta(seconds=int(time.time() - start))}")
+               f"{result['n']:,} pictures, {timedelta(seconds=int(time.monotonic() - start))}")
 
     if args.knn:
         bank = F.normalize(bank.to(device).float(), dim=1)  # float16 would make ties
@@ -274,6 +371,14 @@ def main(args):
     # --- train
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     print0(f"{args.checkpoint}, {args.pool} features, from step {step} of {steps}, {device.type}")
+
+    def checkpoint():
+        if not (loss_sum.isfinite() and head[1].weight.isfinite().all()):
+            raise DataError("The loss is not finite. Lower --blr, start over: --resume none.")
+        if rank == 0:
+            save_checkpoint(last, step=step, settings=settings, model=model.settings,
+                            **{k: part.state_dict() for k, part in parts.items()})
+    saved_at = time.monotonic()
     stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
         done = step % steps_per_epoch * args.total_batch  # pictures of this epoch, all ranks
@@ -289,6 +394,9 @@ def main(args):
         loss_sum = torch.zeros((), device=device)
         first_step = step
         while step < (epoch + 1) * steps_per_epoch and not stopping:
+            if time.monotonic() - saved_at > 60 * args.save_minutes:
+                checkpoint()
+                saved_at = time.monotonic()
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -317,11 +425,8 @@ def main(args):
             values = dict(epoch=epoch + 1, lr=lr, loss=mean_loss, **result)
             print0("  ".join(f"{k} {v:.4g}" for k, v in values.items()))
             log(board, step, **values)
-        if not loss_sum.isfinite():
-            raise DataError("The loss is not finite. Lower --blr, start over: --resume none.")
-        if rank == 0:
-            save_checkpoint(last, step=step, settings=settings, model=model.settings,
-                            **{k: part.state_dict() for k, part in parts.items()})
+        checkpoint()
+        saved_at = time.monotonic()
         if stopping:
             break
 

@@ -598,7 +598,10 @@ def resume(resume, last, settings, defaults, **parts):
     for name in parts:
         check_finite(state[name], path)
     for name, part in parts.items():
-        part.load_state_dict(state.pop(name))  # not kept twice
+        try:
+            part.load_state_dict(state.pop(name))  # not kept twice
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise WeightsError(f"{path}, {name}: {e}. --resume none starts anew.") from e
     return state
 
 

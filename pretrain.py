@@ -8,21 +8,27 @@ Give the same command again and the run goes on from last.pt. The last line is t
     done: 24 epochs, loss 1.366 -> 0.273, probe top-1 92.5 %, H:MM:SS, runs/demo/last.pt
 """
 import argparse
+import fcntl
+import functools
 import itertools
 import json
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.optim import Muon, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
+from timm.optim.muon import zeropower_via_newtonschulz
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -35,6 +41,8 @@ DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
             batch_size=64, blr=4e-3, compile=False)  # torch.compile needs a C compiler
 MUON_LR = 4  # times AdamW's rate; 1 to 8 gave the same probe (one seed, 5 epochs at 64 pixels)
+NEWTON_SCHULZ = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+                 (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]  # timm's default, "quintic"
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
 # Flags that a resumed run may change; all others must be those of the run before
 FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "recompute", "resume",
@@ -100,16 +108,27 @@ def setup(seed, training):
     """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1 and "RANK" not in os.environ:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        raise SystemExit(
+            f"Slurm starts {tasks} processes (SLURM_NTASKS), and each would be a run of its own. "
+            f"This makes one run of them: srun --ntasks {nodes} --cpus-per-task $SLURM_CPUS_ON_NODE"
+            f" torchrun --nnodes {nodes} --nproc_per_node {tasks // nodes} --rdzv-backend c10d "
+            f"--rdzv-endpoint $(hostname):29500 {shlex.join(sys.argv)} (for one process alone: "
+            "unset SLURM_NTASKS)")
+    if rank >= world:
+        raise SystemExit(f"RANK {rank} needs a WORLD_SIZE above it. torchrun sets both.")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpu = os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())
+        device = torch.device("cuda", int(gpu))
         torch.cuda.set_device(device)
     elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise SystemExit("torch cannot use the GPU. Update its driver; CPU: CUDA_VISIBLE_DEVICES=")
-    if world > 1:  # a prefix per attempt: torchrun's store still holds the addresses of dead ranks
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = connect(rank, world)
         dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
@@ -118,13 +137,85 @@ def setup(seed, training):
     return rank, world, device, stop
 
 
+def connect(rank, world, minutes=5):
+    """The store by which the ranks find one another, behind a prefix that is new at each start.
+
+    After a restart torchrun's store still holds the addresses of dead ranks, and the agents of two
+    machines count restarts apart. So each rank asks under a new name, and rank 0 answers with the
+    prefix. Without torchrun's agent rank 0 serves the store.
+    """
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing:
+        raise SystemExit(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set. "
+                         "torchrun sets all of them.")
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    own_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(minutes=minutes)
+    name = uuid.uuid4().hex
+    try:
+        store = dist.TCPStore(*address, is_master=own_server, timeout=limit, wait_for_workers=False)
+        if rank > 0:
+            store.set(f"rank {rank}", name)
+            prefix = store.get(name).decode()  # waits for rank 0
+            store.add(prefix, 1)
+            return dist.PrefixStore(prefix, store)
+    except dist.DistError as e:
+        raise SystemExit(f"Rank {rank}: no answer of rank 0 at {address[0]}:{address[1]}. {e}")
+    keys = [f"rank {other}" for other in range(1, world)]
+    start = time.monotonic()
+    while store.add(name, 0) < world - 1:
+        for key in keys:  # what a dead rank asked gets an answer too, which nobody reads
+            if store.check([key]):
+                store.set(store.get(key), name)
+        if time.monotonic() - start > limit.total_seconds():
+            raise SystemExit(f"{store.add(name, 0) + 1} of {world} ranks came within {minutes} "
+                             "minutes. Start all of them.")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def lock_folder(folder):
+    """A run has its folder alone. The kernel takes the lock back when the process ends."""
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closing it would end the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.pread(file, 200, 0).decode() or "another process"
+        raise SystemExit(f"{folder} is in use by {owner}. Wait for its end, or give another "
+                         "--output-dir. One run on several GPUs is started by torchrun.")
+    except OSError as e:
+        return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
+        path.unlink()
+
+
+def check_ranks(**values):
+    """Ends the run where ranks differ: they would wait for one another, or train on other data."""
+    if not dist.is_initialized():
+        return
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, values)
+    differences = []
+    for name in values:
+        found = [f"{other[name]} on rank {rank}" for rank, other in enumerate(ranks)]
+        if any(other[name] != ranks[0][name] for other in ranks):
+            differences.append(f"{name}: {', '.join(found)}")
+    if differences and dist.get_rank() > 0:
+        raise SystemExit(1)  # rank 0 says it
+    if differences:
+        raise SystemExit(f"The ranks differ. {'; '.join(differences)}. All machines must see the "
+                         "same data and --output-dir, and get the same command.")
+
+
 def print0(text):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
 def save_checkpoint(path, **state):  # written aside, then renamed: path is always whole
-    tmp_path = path.with_suffix(".tmp")
+    tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
             torch.save(state, f)
@@ -198,14 +289,70 @@ def save_reconstructions(model, loader, mask_ratio, board, epoch, step):
     board.add_image("reconstructions", grid, step)
 
 
+@functools.cache
+def cpu_has_bfloat16():  # where it has not, float32 is four times faster, with the same loss
+    return "bf16" in Path("/proc/cpuinfo").read_text()
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the matrices of the first group move along their momentum made orthogonal.
+
+    The update is timm.optim.Muon's with Nesterov's momentum. Matrices of one shape go through the
+    Newton-Schulz iteration as one batch: ViT-B has 80 of 8 shapes. A step that GradScaler skips
+    changes nothing, without waiting for the GPU.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        matrix_group, *adamw_groups = self.param_groups
+        self.param_groups = adamw_groups
+        super().step()
+        self.param_groups = [matrix_group, *adamw_groups]
+        matrices_of_shape = {}
+        for matrix in matrix_group["params"]:
+            matrices_of_shape.setdefault(matrix.shape, []).append(matrix)
+        for matrices in matrices_of_shape.values():
+            self.step_together(matrices, matrix_group)
+
+    def step_together(self, matrices, group):
+        """A step of n matrices (out, in). The state of the first one holds all their momentum."""
+        taken = 1 - getattr(self, "found_inf", 0)  # 0 where GradScaler skips the step
+        grads = torch.stack([matrix.grad for matrix in matrices])  # (n, out, in)
+        grads.nan_to_num_(0, 0, 0).div_(getattr(self, "grad_scale", 1))
+        state = self.state[matrices[0]]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW asks for it when it loads a checkpoint
+            state["momentum"] = torch.zeros_like(grads)
+        state["momentum"].lerp_(grads, (1 - group["momentum"]) * taken)
+        update = grads.lerp_(state["momentum"], group["momentum"])
+        dtype = torch.bfloat16 if update.is_cuda or cpu_has_bfloat16() else torch.float32
+        update = zeropower_via_newtonschulz(update, 5, NEWTON_SCHULZ, dtype=dtype).float()
+        lr = group["lr"] * taken
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        update *= -0.2 * max(update.shape[1:]) ** 0.5 * lr  # 0.2: the size of AdamW's update
+        torch._foreach_add_(matrices, update.unbind())
+
+    def load_state_dict(self, state_dict):
+        if "ns_steps" in state_dict["param_groups"][0]:
+            raise models_mae.WeightsError("its Muon is timm's, of an older version of this code")
+        super().load_state_dict(state_dict)
+
+
 class Window:
     """What is added up from one log line to the next, and the rates that come of it."""
 
-    def __init__(self, device):
+    def __init__(self, device, compiles=False):
         self.steps = 0
         self.losses = torch.zeros(2, device=device)  # sum of the finite ones, how many they are
+        self.start_clock()
+        self.compiles = compiles  # in its first step
+
+    def start_clock(self):
+        """The rates leave out what was before."""
+        self.steps_before = self.steps
         self.data_time = 0.0  # seconds of waiting for the loader
-        self.t0 = time.time()
+        self.t0 = time.monotonic()
+        self.compiles = False
 
     def mean_loss(self, scaler, enough):
         """Of the finite ones. DataError if over `enough` steps had none, or were all skipped."""
@@ -220,8 +367,8 @@ class Window:
 
     def rates(self, gpu_batch, world, flops):
         """Images/s, share of waiting; of a GPU TFLOP/s, MFU if its peak is known, GiB reserved."""
-        seconds = time.time() - self.t0
-        gpu_img_s = self.steps * gpu_batch / seconds
+        seconds = time.monotonic() - self.t0
+        gpu_img_s = (self.steps - self.steps_before) * gpu_batch / seconds
         row = dict(img_s=gpu_img_s * world, data_wait=self.data_time / seconds,
                    tflops=gpu_img_s * flops / 1e12)
         if torch.cuda.is_available():
@@ -246,9 +393,9 @@ def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, f
             if step <= 0:
                 scaler.get_scale()  # waits for the GPU
                 window = Window(loader.device)
-            t_data = time.time()
+            t_data = time.monotonic()
             images, labels = next(batches)
-            window.data_time += time.time() - t_data
+            window.data_time += time.monotonic() - t_data
             with autocast:
                 loss, _ = compute_loss(images, labels, mask_ratio, noise)
             scaler.scale(loss).backward()
@@ -262,11 +409,13 @@ def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, f
 
 
 def main(args):
-    start = time.time()
+    start = time.monotonic()
     rank, world, device, stop = setup(args.seed, training=not args.benchmark)
     folder = Path(args.output_dir)
     last = folder / "last.pt"
     folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not args.benchmark:
+        lock_folder(folder)
     if args.demo and rank == 0 and not Path(args.data).exists():
         builder = Path(__file__).with_name("build_beton.py")
         subprocess.run([sys.executable, builder, "--demo"], check=True)
@@ -330,13 +479,12 @@ def main(args):
     else:
         blocks = [*model.blocks.parameters(), *model.decoder_blocks.parameters()]
         matrices = dict.fromkeys(p for p in blocks if p.ndim == 2)  # a set in order
-        muon = dict(groups[1], params=list(matrices), lr_scale=MUON_LR, nesterov=True)
+        muon = dict(groups[1], params=list(matrices), lr_scale=MUON_LR, momentum=0.95)
         for group in groups:
             group["params"] = [p for p in group["params"] if p not in matrices]
-            group["use_fallback"] = True  # AdamW
-        optimizer = Muon([muon, *groups], lr=1e-3, betas=PRETRAIN["betas"])
+        optimizer = Muon([muon, *groups], lr=1e-3, betas=PRETRAIN["betas"], eps=1e-7, fused=True)
     peak_lr = args.blr * args.total_batch / 256
-    # At scale 1 it only skips steps whose gradients are not finite; with AdamW it waits for no GPU
+    # At scale 1 it only skips steps whose gradients are not finite, and waits for no GPU
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
     if args.benchmark:
         return benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader,
@@ -350,6 +498,7 @@ def main(args):
     state = models_mae.resume(args.resume, last, settings, vars(get_args([])), **parts)
     step = state["step"] if state else 0
     first_loss = state["first_loss"] if state else None
+    check_ranks(step=step, batch_size=args.batch_size, **settings)
     if args.init and not state:
         fits = models_mae.init_from(model, args.model.removeprefix("mae_"), args.init)
         print0(f"{args.init} gives the encoder{' and the decoder' * fits}.")
@@ -365,12 +514,13 @@ def main(args):
     bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
     noise_shape = (accum, args.batch_size // args.repeat, world, args.repeat)
     stopping = False
-    window = Window(device)
-    saved_at = time.time()
-    for epoch in range(step // steps_per_epoch, args.epochs):
+    first_epoch = step // steps_per_epoch
+    saved_at = time.monotonic()
+    for epoch in range(first_epoch, args.epochs):
         index, (res, mask_ratio) = stages[epoch]
-        if epoch == 0 or stages[epoch - 1][0] != index:
+        if epoch == first_epoch or stages[epoch - 1][0] != index:
             print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels, mask ratio {mask_ratio:g}")
+            window = Window(device, compiles=True)
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
         loader.set_stage(res=res)
@@ -384,9 +534,9 @@ def main(args):
             for group in optimizer.param_groups[:-1]:  # not the probe's
                 group["lr"] = lr * group.get("lr_scale", 1)
             for micro in range(accum):
-                t_data = time.time()
+                t_data = time.monotonic()
                 images, labels = next(batches)
-                window.data_time += time.time() - t_data
+                window.data_time += time.monotonic() - t_data
                 ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
                 with autocast:
                     loss, mae_loss = compute_loss(images, labels, mask_ratio, noise[micro])
@@ -420,16 +570,22 @@ def main(args):
                 if epoch_ends:
                     print0("  ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"  left {left}")
                 window = Window(device)
+            elif window.compiles:
+                scaler.get_scale()  # waits for the GPU
+                window.start_clock()
 
             stage_ends = epoch_ends and (step == steps or stages[epoch + 1][0] != index)
-            if stopping or stage_ends or time.time() - saved_at > 60 * args.save_minutes:
-                saved_at = time.time()
+            if stopping or stage_ends or time.monotonic() - saved_at > 60 * args.save_minutes:
+                scaler.get_scale()  # waits for the GPU
+                saved_at = time.monotonic()
                 milestone = [folder / f"stage{index + 1}.pt"] if stage_ends and step < steps else []
                 for path in [*milestone, last] if rank == 0 else []:
                     save_checkpoint(path, step=step, epoch=epoch + 1, first_loss=first_loss,
                                     **about, **{k: part.state_dict() for k, part in parts.items()})
+                window.t0 += time.monotonic() - saved_at  # the rates leave it out
             if rank == 0 and epoch_ends and ((epoch + 1) % args.viz_every == 0 or step == steps):
                 save_reconstructions(model, val or loader, mask_ratio, board, epoch + 1, step)
+                window.start_clock()
         batches.close()
         if stopping:
             break
@@ -438,7 +594,7 @@ def main(args):
     if step == steps:
         probe = f"probe top-1 {row['probe_top1']:.1f} %, " if val else ""
         print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {mean_loss:.3f}, {probe}"
-               f"{timedelta(seconds=int(time.time() - start))}, {last}")
+               f"{timedelta(seconds=int(time.monotonic() - start))}, {last}")
     else:
         print0(f"stopped at step {step}: the same command goes on from {last}")
     if board:
