@@ -1356,7 +1356,7 @@ def fuzz(number, folder):
     outcomes = ["bad crop" if guarded_crop(jpeg, *size, box) else "good crop"]
     (folder / "x.jpg").write_bytes(jpeg)
     settings = vars(build_beton.get_args(["--data-dir=.", "--out=x.beton", "--lossless"]))
-    picture = build_beton.Picture(str(folder), "x.jpg", 0, -1, 0)
+    picture = build_beton.FilePicture(str(folder), "x.jpg", 0)
     result = build_beton.encode_sample(settings, picture)
     outcomes.append("bad picture" if isinstance(result, str) else "good picture")
     if outcomes[1] == "good picture" and result[3]:  # kept
