@@ -1272,7 +1272,7 @@ for _ in range(2):
 @pytest.mark.parametrize("case", ["no folder", "an index that cannot be read"])
 def test_loader_kernels_without_a_cache(folder, tmp_path, case):
     """Read-only code without a home, a cache of another user's: the same bytes, and one line that
-    names NUMBA_CACHE_DIR. The builder needs no kernel and says nothing."""
+    names NUMBA_CACHE_DIR. So does the builder, whose workers compile nothing again."""
     for name in ("essl_loader.py", "build_beton.py"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "__pycache__").write_bytes(b"")  # root, too, can make no folder of this name
@@ -1291,7 +1291,7 @@ def test_loader_kernels_without_a_cache(folder, tmp_path, case):
     expected = sum(int(images.sum()) for images, _ in loader)
     assert done.stdout.split() == [str(expected)] * 2
     built = run_there("build_beton.py", "--data-dir", folder / "val", "--out", "x.beton")
-    assert not built.stderr and (tmp_path / "x.beton").exists()
+    assert built.stderr.count("\n") <= 1 and (tmp_path / "x.beton").exists(), built.stderr
 
 
 def test_loader_folder_workers_end_with_a_killed_parent(folder):
