@@ -198,6 +198,13 @@ def check_ranks(**values):
                          "same data and --output-dir, and get the same command.")
 
 
+def leave():
+    """The ranks end together: torchrun would kill rank 0 while it writes if another ended first."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def print0(text):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
@@ -340,7 +347,7 @@ def main(args):
             if rank == 0:
                 with open(folder / "results.jsonl", "a") as f:
                     f.write(row + "\n")
-        return
+        return leave()
 
     # --- data
     transform = rand_augment_transform(*RAND_AUG) if args.aug == "rand" else None
@@ -390,7 +397,8 @@ def main(args):
     best = state["best"] if state else -1.0
     check_ranks(step=step, batch_size=args.batch_size, **settings)
     if step == steps:
-        return print0(f"{last} is finished: {args.epochs} epochs, best top-1 {best:.2f} %.")
+        print0(f"{last} is finished: {args.epochs} epochs, best top-1 {best:.2f} %.")
+        return leave()
 
     # --- train
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
@@ -485,9 +493,7 @@ def main(args):
            if step == steps else f"stopped at step {step}; the same command goes on from {last}")
     if board:
         board.close()
-    if world > 1:
-        dist.barrier()  # torchrun would kill rank 0 while it writes if another ended with 1
-        dist.destroy_process_group()
+    leave()
     sys.exit(step < steps)
 
 

@@ -186,6 +186,13 @@ def check_ranks(**values):
                          "same data and --output-dir, and get the same command.")
 
 
+def leave():
+    """The ranks end together: torchrun would kill rank 0 while it writes if another ended first."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def print0(text):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
@@ -366,7 +373,8 @@ def main(args):
         bank_labels = bank_labels.to(device)
         batch_size = max(1, min(512, 2 ** 26 // len(bank)))  # the similarities take memory
         result = measure(lambda x: knn_score(x, bank, bank_labels, classes), batch_size)
-        return finish("kNN", result)
+        finish("kNN", result)
+        return leave()
 
     # --- train
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
@@ -437,9 +445,7 @@ def main(args):
         finish("linear probe", measure(head.eval(), args.batch_size))  # of a finished run too
     else:
         print0(f"stopped at step {step}; the same command goes on from {last}")
-    if world > 1:
-        dist.barrier()  # torchrun would kill rank 0 while it writes if another ended with 1
-        dist.destroy_process_group()
+    leave()
     sys.exit(step < steps)
 
 

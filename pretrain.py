@@ -209,6 +209,13 @@ def check_ranks(**values):
                          "same data and --output-dir, and get the same command.")
 
 
+def leave():
+    """The ranks end together: torchrun would kill rank 0 while it writes if another ended first."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def print0(text):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
@@ -487,8 +494,9 @@ def main(args):
     # At scale 1 it only skips steps whose gradients are not finite, and waits for no GPU
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
     if args.benchmark:
-        return benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader,
-                         dict(zip((stage for _, stage in stages), costs)))
+        benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader,
+                  dict(zip((stage for _, stage in stages), costs)))
+        return leave()
 
     # --- resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -503,7 +511,8 @@ def main(args):
         fits = models_mae.init_from(model, args.model.removeprefix("mae_"), args.init)
         print0(f"{args.init} gives the encoder{' and the decoder' * fits}.")
     if step == steps:
-        return print0(f"{last} is of a finished run of {args.epochs} epochs.")
+        print0(f"{last} is of a finished run of {args.epochs} epochs.")
+        return leave()
     print0(f"{args.model} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} x "
            f"{args.batch_size} x {accum} a step, {loader.num_workers} threads, {device.type}")
 
@@ -599,9 +608,7 @@ def main(args):
         print0(f"stopped at step {step}: the same command goes on from {last}")
     if board:
         board.close()
-    if world > 1:
-        dist.barrier()  # torchrun would kill rank 0 while it writes if another ended with 1
-        dist.destroy_process_group()
+    leave()
     sys.exit(step < steps and step != args.max_steps)  # 1: cut short by a signal
 
 

@@ -2804,7 +2804,7 @@ def test_pretrain_refuses_in_words(folder, tmp_path, capsys):
         with pytest.raises((ValueError, OSError, SystemExit)) as raised:
             pretrain.main(pretrain.get_args(list(map(str, words))))
         assert expected in f"{raised.value} {capsys.readouterr().err}"
-    words = flags(pretrain, folder, tmp_path / "x", "--total-batch", 200)
+    words = flags(pretrain, folder, tmp_path / "y", "--total-batch", 200)
     done = run("pretrain.py", *words, ranks=2, code=1)
     assert (done.stdout + done.stderr).count("This works: --total-batch 64") == 1
     with pytest.raises(DataError, match="This works: --total-batch 992 --batch-size 124"):
