@@ -12,7 +12,7 @@ images_s is the median of the rounds, min and max are theirs, and "x FFCV" is th
 rounds' ratios. A view counts as an image. Only the image folder and ESSL flip. first_batch_s: from
 opening the loader in a new process, after the imports, with our kernels in numba's cache.
 memory_MB: a pass's peak beyond what its process holds between passes. cores_for_N: cores that load
-N images/s. The lines below the table say what each row reads and how it resizes.
+N images/s. The table `methods` says what each row reads, decodes and resizes by.
 decomposition: Table 13, cumulative, on one core. compression: Table 4.
 pixels: Appendix C, mean absolute difference of folder and .beton, of 1; in *_pixels.png folder,
 .beton, 8 x difference.
@@ -139,10 +139,14 @@ def add_table(report, section, rows, hidden=()):
     if not rows:
         return
     keys = [key for key in rows[0] if key not in ("passes", *hidden)]
-    lines = [keys] + [[format_cell(row[key]) for key in keys] for row in rows]
+    lines = [keys] + [[format_cell(row.get(key, "")) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
+    is_text = [isinstance(rows[0][key], str) for key in keys]
     for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), flush=True)
+        cells = []
+        for cell, width, text in zip(line, widths, is_text):
+            cells.append(cell.ljust(width) if text else cell.rjust(width))
+        print("  ".join(cells).rstrip(), flush=True)
 
 
 # --- child processes: each loader runs in one of its own
@@ -169,7 +173,8 @@ class Child:
     """A child process that calls functions. It ends with its last reference."""
 
     def __init__(self):
-        self.pool = ProcessPoolExecutor(1, initializer=start_child)
+        context = multiprocessing.get_context("fork")
+        self.pool = ProcessPoolExecutor(1, context, initializer=start_child)
 
     def call(self, function, *arguments, timeout=None):
         return self.pool.submit(function, *arguments).result(timeout)
@@ -257,6 +262,7 @@ class FfcvPictures(torch.utils.data.Dataset):
 
 def write_ffcv(out, paths, num_workers):
     """In a child process: FFCV's own file, with build_beton.py's defaults."""
+    os.environ["TQDM_DISABLE"] = "1"  # its progress would stand between our lines
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     image = RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=95)
@@ -290,9 +296,16 @@ def write_jpegs(reader, ids, folder):
 class Sources:
     """The same pictures as files of several kinds, made in a temporary folder when asked for.
 
-    It takes at most --images pictures, evenly spread, as build_beton.py --limit does. data is a
-    BetonReader, ids are its samples, paths the same pictures in --data-dir.
+    It takes at most --images pictures, evenly spread, as build_beton.py --limit does.
+
+    data: a BetonReader of the file that `500_95` stands for, which is --data where it is given.
+    ids: the samples that are read of it. paths: the pictures in --data-dir.
     """
+
+    FLAGS = {"4:4:4": "--chroma 444", "originals (--lossless)": "--lossless",
+             "500_100": "--max-resolution 500 --quality 100",
+             "500_90": "--max-resolution 500 --quality 90",
+             "256_95": "--max-resolution 256 --quality 95"}
 
     def __init__(self, args, folder):
         self.args = args
@@ -329,12 +342,12 @@ class Sources:
     def _make(self, name):
         if name == "500_95":
             return self.data.path, self.ids
-        out = self.folder / f"{name.replace('-', '').replace(' ', '_')}.beton"
-        if name == "JPEGs":
+        out = self.folder / f"{len(self.made)}.beton"
+        if name == "500_95 as JPEG files":
             out = self.folder / "jpegs"
             count = len(write_jpegs(self.data, self.ids, out))
         elif name == "FFCV's file":
-            paths = self.paths or sorted(self.find("JPEGs")[0].iterdir())
+            paths = self.paths or sorted(self.find("500_95 as JPEG files")[0].iterdir())
             count = len(paths)
             # The writer waits for ever for a worker that died. 5 images/s: slower than any machine
             Child().call(write_ffcv, out, paths, self.args.num_workers, timeout=60 + count / 5)
@@ -342,8 +355,9 @@ class Sources:
             path, numbers = self.find("FFCV's file")
             run_builder(out, "--data-dir", path)
             count = len(numbers)
-        elif self.args.data_dir:  # the name is build_beton.py's flags
-            run_builder(out, "--data-dir", self.args.data_dir, "--limit", self.count, *name.split())
+        elif self.args.data_dir:
+            run_builder(out, "--data-dir", self.args.data_dir, "--limit", self.count,
+                        *self.FLAGS[name].split())
             count = self.count
         else:
             raise RuntimeError("it needs a folder of pictures: give --data-dir")
@@ -401,10 +415,11 @@ def open_dali(load):
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali.types import INTERP_LINEAR, RGB
     paths = sorted(str(path) for path in load.path.iterdir())
+    files = [paths[i] for i in load.ids]
 
     @pipeline_def
     def define():
-        jpegs, labels = fn.readers.file(files=[paths[i] for i in load.ids], shuffle_after_epoch=True)
+        jpegs, labels = fn.readers.file(files=files, shuffle_after_epoch=True)
         crops = fn.decoders.image_random_crop(
             jpegs, device="cpu", output_type=RGB, random_area=load.scale,
             random_aspect_ratio=RATIO, num_attempts=10)
@@ -423,7 +438,7 @@ def open_dali(load):
             pipeline.schedule_run()
         for batch in range(num_batches):
             images, labels = pipeline.share_outputs()
-            yield images.as_tensor(), labels
+            yield np.asarray(images.as_tensor()), labels  # a view, valid until it is released
             pipeline.release_outputs()
             if batch + AHEAD < num_batches:
                 pipeline.schedule_run()
@@ -454,42 +469,45 @@ def held_memory():
     return 1024e-6 * sum(map(int, re.findall(r"Pss_(?:Anon|Shmem): *(\d+)", text)))
 
 
-def open_loader_passes(open_loader, load, modules=(), settings=None, keeps_loader=False):
-    """run(with_memory): a pass's memory, or images/s and the time from opening to a first batch.
+class LoaderPasses:
+    """Opens a loader; called, it makes a pass and returns what it measured of it."""
 
-    keeps_loader: memory is counted of the loader that is there, not of a new one.
-    """
-    for module in modules:
-        importlib.import_module(module)
-    if "ffcv" in modules:
-        ffcv_decoder()  # compiles our kernel before the clock runs, as the others' are
-    settings = settings or {}
-    t0 = time.perf_counter()
-    start = open_loader(load, **settings)
-    first_batch = []  # seconds
+    def __init__(self, alternative, load):
+        for module in alternative.modules:
+            importlib.import_module(module)
+        if alternative.is_ffcv:
+            ffcv_decoder()  # compiles our kernel before the clock runs
+        self.alternative = alternative
+        self.load = load
+        self.opened_at = time.perf_counter()
+        self.first_batch_s = None
+        self.start = self.open()
 
-    def count(images):
-        pixels = np.prod(images.shape() if callable(images.shape) else images.shape)
-        return int(pixels) // (3 * load.res ** 2)  # each view counts
+    def open(self):
+        return self.alternative.open(self.load, **self.alternative.settings)
 
-    def run_with_memory():
+    def __call__(self, with_memory):
+        return self.measure_memory() if with_memory else self.measure_time()
+
+    def measure_memory(self):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what this takes
         before = held_memory()
-        start_new = start if keeps_loader else open_loader(load, **settings)
-        return {"memory_MB": max(held_memory() for _ in start_new()) - before}  # at each batch
+        # The others keep buffers from pass to pass: those of a new loader count. FFCV takes its
+        # buffers anew in each pass, and a new loader would compile
+        start = self.start if self.alternative.is_ffcv else self.open()
+        return {"memory_MB": max(held_memory() for _ in start()) - before}  # at each batch
 
-    def run(with_memory):
-        if with_memory:
-            return run_with_memory()
+    def measure_time(self):
         begin = time.perf_counter()
-        n = 0
-        for images, _ in start():
-            if not first_batch:
-                first_batch.append(time.perf_counter() - t0)
-            n += count(images)
-        return {"images_s": n / (time.perf_counter() - begin), "first_batch_s": first_batch[0]}
-    return run
+        values = 0
+        for images, _ in self.start():
+            if self.first_batch_s is None:
+                self.first_batch_s = time.perf_counter() - self.opened_at
+            values += int(np.prod(images.shape))
+        seconds = time.perf_counter() - begin
+        images_s = values / (3 * self.load.res ** 2) / seconds  # each view counts
+        return {"images_s": images_s, "first_batch_s": self.first_batch_s}
 
 
 def compile_kernels(load):
@@ -508,10 +526,14 @@ class Alternative:
     source: str
     open: object  # one of the functions above
     resize: str  # filter, and whether it is antialiased
-    decodes: str = "whole picture"
+    decodes: str = "the whole picture"
     settings: dict = field(default_factory=dict)
     modules: tuple = ()  # imported before the clock runs
     packages: tuple = ()  # it needs one of them
+
+    @property
+    def is_ffcv(self):
+        return "ffcv" in self.packages
 
 
 FFCV = {"modules": ("ffcv", "ffcv.loader", "ffcv.transforms"), "packages": ("ffcv",)}
@@ -519,22 +541,26 @@ DALI = {"modules": ("nvidia.dali", "nvidia.dali.fn"),
         "packages": ("nvidia-dali-cuda120", "nvidia-dali-cuda130")}
 BICUBIC = "bicubic, antialiased"
 BILINEAR = "bilinear, antialiased"
-CROP = "crop by index"
+CROP = "the crop, by the index"
+CROP_FROM_START = "the crop and what lies before it"
 ALTERNATIVES = (
-    Alternative("image folder (Pillow)", "JPEGs", open_folder, BICUBIC),
-    Alternative("torchvision decode_jpeg", "JPEGs", open_torchvision, BILINEAR,
+    Alternative("image folder (Pillow)", "500_95 as JPEG files", open_folder, BICUBIC),
+    Alternative("torchvision decode_jpeg", "500_95 as JPEG files", open_torchvision, BILINEAR,
                 modules=("torchvision.io", "torchvision.transforms.v2"), packages=("torchvision",)),
-    Alternative("DALI on the CPU", "JPEGs", open_dali, BILINEAR, "crop, from the start", **DALI),
+    Alternative("DALI on the CPU", "500_95 as JPEG files", open_dali, BILINEAR, CROP_FROM_START,
+                **DALI),
     Alternative("FFCV", "FFCV's file", open_ffcv, "area; bilinear where it enlarges", **FFCV),
     Alternative("FFCV + ffcv_decoder", "500_95", open_ffcv_with_ours, BICUBIC, CROP, **FFCV),
     Alternative("ESSL bilinear", "500_95", open_essl, BILINEAR, CROP,
                 {"interpolation": "bilinear"}),
     Alternative("ESSL", "500_95", open_essl, BICUBIC, CROP),
     Alternative("ESSL views=2", "500_95", open_essl, BICUBIC, CROP, {"views": 2}),
-    Alternative("ESSL 4:4:4", "--chroma 444", open_essl, BICUBIC, CROP),
-    Alternative("ESSL lossless", "--lossless", open_essl, BICUBIC, CROP),
-    Alternative("ESSL, FFCV's file", "FFCV's file", open_essl, BICUBIC, "crop, from the start"),
+    Alternative("ESSL 4:4:4", "4:4:4", open_essl, BICUBIC, CROP),
+    Alternative("ESSL lossless", "originals (--lossless)", open_essl, BICUBIC, CROP),
+    Alternative("ESSL, FFCV's file", "FFCV's file", open_essl, BICUBIC, CROP_FROM_START),
     Alternative("ESSL, FFCV's file converted", "FFCV's file, converted", open_essl, BICUBIC, CROP))
+
+PLAIN_ESSL = next(row for row in ALTERNATIVES if row.name == "ESSL")
 
 
 def make_load(args, source, res):
@@ -561,8 +587,7 @@ def find_alternatives(sources, report):
 def make_alternative_rows(args, found, res):
     rows = {}
     for alternative, source in found:
-        opening = (open_loader_passes, alternative.open, make_load(args, source, res),
-                   alternative.modules, alternative.settings, "ffcv" in alternative.packages)
+        opening = (LoaderPasses, alternative, make_load(args, source, res))
         rows[alternative.name] = Row({"name": alternative.name, "res": res}, opening)
     for row in rows.values():
         row.base = rows.get("FFCV")
@@ -608,35 +633,30 @@ def bench_alternatives(args, sources, report):
                 row[f"cores_for_{rate}"] = rate / row["per_core"]
         rows += measured
     add_table(report, "alternatives", rows)
-    report["methods"] = {}
-    for alternative, _ in found:
-        method = {"reads": alternative.source, "decodes": alternative.decodes,
-                  "resize": alternative.resize}
-        report["methods"][alternative.name] = method
-        print(f"{alternative.name}: reads {alternative.source}, decodes {alternative.decodes}, "
-              f"resizes {alternative.resize}")
+    methods = [{"name": alternative.name, "reads": alternative.source,
+                "decodes": alternative.decodes, "resizes by": alternative.resize}
+               for alternative, _ in found]
+    add_table(report, "methods", methods)
     if rows:
         plot_alternatives(rows, args.plot)
 
 
 # --- section: compression
-COMPRESSION = {"500_100": "--max-resolution 500 --quality 100", "500_95": "500_95",  # Table 4
-               "500_90": "--max-resolution 500 --quality 90",
-               "256_95": "--max-resolution 256 --quality 95"}
+COMPRESSION = ("500_100", "500_95", "500_90", "256_95")  # sources, as in Table 4
 
 
 def bench_compression(args, sources, report):
     rows = []
     sizes = {}
-    for name, source in COMPRESSION.items():
+    for name in COMPRESSION:
         try:
-            path, numbers = sources.find(source)
+            path, numbers = sources.find(name)
         except RuntimeError as error:
             leave_out(report, name, error)
             continue
         sizes[name] = int(BetonReader(path).sizes[numbers].mean())
         load = make_load(args, (path, numbers), args.res[0])
-        rows.append(Row({"name": name}, (open_loader_passes, open_essl, load)))
+        rows.append(Row({"name": name}, (LoaderPasses, PLAIN_ESSL, load)))
     for row in rows:
         row.base = next(row for row in rows if row.labels["name"] == "500_95")
         row.base_name = "500_95"
@@ -800,7 +820,7 @@ def make_scaling_files(sources, side, quality):
         return indexed, whole
     pasted = sources.folder / name
     pasted.mkdir()
-    paths = sources.paths or sorted(sources.find("JPEGs")[0].iterdir())
+    paths = sources.paths or sorted(sources.find("500_95 as JPEG files")[0].iterdir())
     for i in range(SCALING_PICTURES):
         step = len(paths) // SCALING_PICTURES or 1
         picture = paste_picture(paths, i * step, side)
@@ -827,7 +847,7 @@ def make_scaling_rows(args, sources, axis, value):
     for name, path in zip((ESSL_CURVE, WHOLE_CURVE), files):
         load = Load(path, ids, point["output"], SCALING_BATCH, point["threads"], scale)
         labels = {"axis": axis, "value": value, "decoder": name}
-        rows.append(Row(labels, (open_loader_passes, open_essl, load)))
+        rows.append(Row(labels, (LoaderPasses, PLAIN_ESSL, load)))
     rows[0].base = rows[1].base = rows[1]
     rows[0].base_name = rows[1].base_name = "whole decode"
     return rows
@@ -883,8 +903,8 @@ SECTIONS = {"alternatives": bench_alternatives, "decomposition": bench_decomposi
 def main(args):
     for number in (signal.SIGINT, signal.SIGTERM):  # sys.exit runs the `finally` below
         signal.signal(number, lambda *_: sys.exit("bench_loader: stopped"))
-    multiprocessing.set_start_method("fork")
     with tempfile.TemporaryDirectory(prefix="bench_loader-") as folder:
+        tempfile.tempdir = folder  # for what libraries leave behind when a process is ended
         try:
             for path in (args.json, args.plot):
                 path.parent.mkdir(parents=True, exist_ok=True)
