@@ -678,7 +678,8 @@ def find_pictures(source, columns, with_labels, not_taken, known=None):
         ("pictures", loose), (".tar", tars), (".parquet", tables)) if names]
     if len(halves) > 1:
         raise DataError(f"{source} holds {' and '.join(halves)}: which of them are the data? Move "
-                        "the others away, or give a pattern for archives alone: --data-dir "
+                        "what is not data out of it. Or, if the archives are the data, name only "
+                        "them by a pattern, with its quotes: --data-dir "
                         f'"{root}/*{ending_of((tars + tables)[0])}".')
     if not halves:
         raise DataError(f"{source} holds no picture ({' '.join(COMMON_ENDINGS)} ...), no .tar and "
@@ -1020,9 +1021,9 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         if missing:
             picture = pictures[missing[0]]
             raise DataError(f"{picture.path}/{picture.name} has no label: {len(missing):,} of "
-                            f"{len(labels):,} pictures have none. Add their labels to "
-                            f"{labels_file or 'the source'}, take these pictures out, or add "
-                            "--unlabelled, which takes no labels at all.")
+                            f"{len(labels):,} pictures have none. Add what is missing to "
+                            f"{labels_file or 'the source'}, or move pictures without a label "
+                            "away, or build without any labels: --unlabelled, and no --labels.")
         pictures = [p._replace(label=label) for p, label in zip(pictures, labels)]
         pictures, classes, reading = number_classes(pictures, known)
         notes += [reading] if reading else []
@@ -1269,8 +1270,9 @@ def check_replaceable(out):
             if file.read(len(NAMES_MAGIC)) != NAMES_MAGIC:
                 strange.append(names_of(out))
     if strange:
-        raise ValueError(f"{strange[0]} exists, and build_beton.py did not write it: it is not "
-                         "replaced. Move it away, or take another --out.")
+        raise ValueError(f"{strange[0]} is a file that build_beton.py has to write for {out}, but "
+                         "another program has written one of that name. Move it away, or take "
+                         "another --out.")
 
 
 @functools.cache
@@ -1328,11 +1330,11 @@ def write_beton(out, pictures, classes, settings, args, not_taken):
                 counts[result.how] += 1
                 n += 1
         if bad and not (args.skip_bad and n):
-            remedy = "repair or remove them"
+            remedy = "Repair or remove the bad pictures"
             if len(bad) < len(pictures):
-                remedy += ", or use --skip-bad"
+                remedy += ", or add --skip-bad, which leaves them out"
             raise ValueError(f"{len(bad):,} of {len(pictures):,} pictures are bad, see above. "
-                             f"{out} was not written: {remedy}.")
+                             f"{out} was not written. {remedy}.")
         header = np.array((2, 2, page, n, end), HEADER)
         checksum = tables_checksum(header, settings, samples[:n], alloc[:n])
         settings = settings | {"checksum": checksum}

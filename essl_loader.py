@@ -780,7 +780,7 @@ def parse_jpeg(source, size, info, tables, quants):
 
 @njit
 def find_end(start, end):
-    """Where the entropy-coded data at `start` end: at EOI, or fill bytes before it; 0 if they do not.
+    """Where the entropy-coded data at `start` end: at EOI, or at fill bytes before it; else 0.
 
     Other markers, and fill bytes within the data, are for libjpeg-turbo.
     """
@@ -1287,7 +1287,8 @@ def place_in_file(start, clean_start, clean, end):
 def index_jpeg(address, size, width, height, entries, scratch):
     """Writes a JPEG's entries to an address, and behind them their checksum.
 
-    Returns the bytes of the entries, or 0 if decode_planes cannot read the JPEG. Each unit is decoded, its coefficients thrown away, from where the last one ended: about 0.5 ms.
+    Returns the bytes of the entries, or 0 if decode_planes cannot read the JPEG. Each unit is
+    decoded, its coefficients thrown away, from where the last one ended: about 0.5 ms.
     """
     info = int64s_at(scratch.info, (INFO_SIZE,))
     known = parse_jpeg(address, size, info, scratch.tables, scratch.quants)
@@ -2563,21 +2564,22 @@ def folder_classes(names, source, not_taken, top=""):
         outside = labels.count("")
         first_outside = names[labels.index("")]
         first_inside = next(name for name, label in zip(names, labels) if label)
-        raise DataError(f"{source} holds {outside:,} pictures outside of folders ({first_outside}) "
-                        f"and {len(names) - outside:,} in folders ({first_inside}). If the folders "
-                        "are classes, move the others away; if not, build_beton.py takes all with "
-                        "--unlabelled, or with --labels FILE.")
+        raise DataError(f"{source} holds {outside:,} picture(s) outside of folders, such as "
+                        f"{first_outside}, and {len(names) - outside:,} in folders, such as "
+                        f"{first_inside}. If the folders are classes, move what lies outside of "
+                        "them away. If they are not, give build_beton.py --unlabelled, which "
+                        "ignores the folders, or --labels FILE, a csv of file names and classes.")
     set_of = {name: SETS.get(re.sub("[0-9_-]+$", "", name.casefold())) for name in classes}
     sets = {kind for kind in set_of.values() if kind}
     if len(sets) > 1 or all(set_of.values()):
         found = sorted(name for name in classes if set_of[name])
         one_set = os.path.join(source, found[0])
-        way = f"Give the folder of one set, {one_set}"
+        way = f"Give the folder of one split, such as {one_set}"
         if not os.path.isdir(one_set):
             way = f"Make an archive of {found[0]} alone"
-        raise DataError(f"{source} holds {', '.join(found)}: these are sets, not classes. {way}. "
-                        "If you want all pictures without labels, add --unlabelled to "
-                        "build_beton.py.")
+        raise DataError(f"{source} holds {', '.join(found)}: these look like splits, not classes. "
+                        f"{way}. If you want the pictures of all of them together, without labels, "
+                        "give build_beton.py --unlabelled.")
     seen = {class_of(folder + "/", top) for folder in not_taken.folders if folder.startswith(top)}
     for name in sorted(seen - classes - {""}):
         not_taken.add(EMPTY_CLASS, name)

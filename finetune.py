@@ -170,8 +170,8 @@ def lock_folder(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         owner = os.pread(file, 200, 0).decode() or "another process"
-        raise SystemExit(f"{folder} is in use by {owner}. Wait for its end, or give another "
-                         "--output-dir. One run on several GPUs is started by torchrun.")
+        raise SystemExit(f"{folder} is in use by {owner}. Wait until that has ended (its lock ends "
+                         "with it), or give another --output-dir.")
     except OSError as e:
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)

@@ -158,8 +158,8 @@ def lock_folder(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         owner = os.pread(file, 200, 0).decode() or "another process"
-        raise SystemExit(f"{folder} is in use by {owner}. Wait for its end, or give another "
-                         "--output-dir. One run on several GPUs is started by torchrun.")
+        raise SystemExit(f"{folder} is in use by {owner}. Wait until that has ended (its lock ends "
+                         "with it), or give another --output-dir.")
     except OSError as e:
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)
@@ -316,8 +316,6 @@ def main(args):
     if args.features:
         loader = open_loader(args.data, args.batch_size, train=False, **shared)
         return write_features(args.features, model, loader, autocast)
-    if args.batch_size < 2 and not args.knn:
-        raise DataError("--batch-size 1 is too small for the probe's BatchNorm: take 2 or more.")
     with open_loader(args.data, 1) as loader:
         if not args.knn:
             check_batches(loader.num_samples, args.total_batch, args.batch_size, world, least=2)

@@ -471,7 +471,8 @@ def hf_settings(file, width, depth):
     return settings
 
 
-CONTAINERS = ("model", "state_dict", "teacher", "model_ema")  # MAE, MoCo and timm, DINO, DeiT
+CONTAINERS = ("model", "state_dict", "teacher", "model_ema",  # MAE, MoCo and timm, DINO, DeiT
+              "model_state_dict")  # torch's tutorials
 WRAPPERS = r"((module|backbone|encoder|base_encoder)\.)*"  # DDP, DINO, SimMIM, MoCo v3
 PATCHES = "patch_embed.proj.weight"
 

@@ -181,8 +181,8 @@ def lock_folder(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         owner = os.pread(file, 200, 0).decode() or "another process"
-        raise SystemExit(f"{folder} is in use by {owner}. Wait for its end, or give another "
-                         "--output-dir. One run on several GPUs is started by torchrun.")
+        raise SystemExit(f"{folder} is in use by {owner}. Wait until that has ended (its lock ends "
+                         "with it), or give another --output-dir.")
     except OSError as e:
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)
@@ -451,9 +451,9 @@ def main(args):
     if args.probe != "off":
         val = open_loader(args.val_data, args.batch_size, train=False, **shared)
         check_classes(loader, val)
-        if min(args.batch_size, val.num_samples) < 2:  # its BatchNorm takes a variance
-            raise DataError("The online probe needs two pictures at once: take --batch-size 2 or "
-                            "more and as many pictures of --val-data, or --probe off.")
+        if val.num_samples < 2:  # its BatchNorm takes a variance
+            raise DataError(f"{args.val_data} holds one picture, and the online probe needs two. "
+                            "Give more, or --probe off.")
     accum = args.total_batch // (args.batch_size * world)
     steps_per_epoch = loader.num_samples * args.repeat // args.total_batch
     steps = args.epochs * steps_per_epoch

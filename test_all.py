@@ -507,7 +507,7 @@ def labels_case(*lines, encoding="utf-8", files=PNGS):
 REFUSED = {  # files and options, words
     "pictures above classes": (({"in/top.jpg": X} | AB, {}), ("top.jpg", "x/0.jpg", "--labels")),
     "a folder of others": (({"in/a.jpg": X, "in/b.jpg": X, "in/thumbs/a.jpg": X}, {}),
-                           ("2 pictures", "thumbs/a.jpg", "--unlabelled")),
+                           ("2 picture", "thumbs/a.jpg", "--unlabelled")),
     "a stray tar": ((AB | {"in/all.tar": tar_of([("0.jpg", X)])}, {}), ("2 pictures", "all.tar")),
     "a stray table": ((AB | {"in/0.parquet": table_of(image=[X])}, {}),
                       ("2 pictures", "0.parquet")),
@@ -1683,7 +1683,8 @@ def fuzz(number, folder):
         assert np.array_equal(turbojpeg.decompress(result.data), expected)
     path = folder / "x.beton"
     items = [(0, *Image.open(io.BytesIO(data)).size, data) for _, data in kinds[:5]]
-    write_beton(path, [(*item[:3], essl_loader.add_index(item[3], *item[1:3])[0]) for item in items])
+    write_beton(path, [(mode, width, height, essl_loader.add_index(data, width, height)[0])
+                       for mode, width, height, data in items])
     path.write_bytes(damaged(rng, path.read_bytes()))
     try:
         list(ESSLLoader(path, 4, train=False, res=48))
@@ -2983,7 +2984,7 @@ def test_pretrain_refuses_in_words(folder, tmp_path, capsys):
             (["--input-size", 60], "60 pixels"), (["--stages", .5, .5, .5], "sum to 1"),
             (["--mask-ratio", 1.0], "mask ratio 1.0"), (["--mask-ratio", -0.1], "mask ratio -0.1"),
             (["--stages", .5, .5], "as many"),
-            (["--batch-size", 1], "--probe off"),
+            (["--batch-size", 1], "This works"),
             (["--val-data", tmp_path / "1.beton"], "--probe off"),
             (["--val-data", folder / "val/dark"], "--labels"),
             (["--output-dir", tmp_path], "--resume none")):
