@@ -219,10 +219,12 @@ def measure(args, report, rows, with_memory=False):
     """
     children = {}
 
-    def call(row, *what):
-        """What the row's process returns; a row that raises is left out, the others go on."""
+    def call(row, function, *arguments):
+        """What the row's process returns. A row that fails is left out, the others go on."""
+        if row not in children:
+            return {}
         try:
-            return children[row].call(*what)
+            return children[row].call(function, *arguments)
         except DataError:
             raise
         except Exception as error:  # a library may raise anything
@@ -233,12 +235,12 @@ def measure(args, report, rows, with_memory=False):
     for row in rows:
         children[row] = Child()
         call(row, open_in_child, *row.open)
-        for memory in (False, True)[:1 + with_memory]:
-            if row in children:
-                row.first |= call(row, pass_in_child, memory)
-        row.first.pop("images_s", None)
+        row.first |= call(row, pass_in_child, False)
+        if with_memory:
+            row.first |= call(row, pass_in_child, True)
+        row.first.pop("images_s", None)  # of the pass that does not count
     for _ in range(args.passes):
-        for row in list(children):
+        for row in rows:
             result = call(row, pass_in_child, False)
             if row in children:
                 row.passes.append(result["images_s"])
@@ -333,24 +335,33 @@ class Sources:
         if name not in self.made:
             try:
                 self.made[name] = self._make(name)
-            except (ImportError, RuntimeError, TimeoutError) as error:
+            except RuntimeError as error:
                 self.made[name] = error
         if isinstance(self.made[name], Exception):
             raise self.made[name]
         return self.made[name]
 
+    def pictures(self):
+        """Paths of the pictures: those of --data-dir, or without it the samples of --data."""
+        return self.paths or sorted(self.find("500_95 as JPEG files")[0].iterdir())
+
     def _make(self, name):
         if name == "500_95":
             return self.data.path, self.ids
-        out = self.folder / f"{len(self.made)}.beton"
+        out = self.folder / f"{re.sub('[^a-zA-Z0-9]+', '_', name)}.beton"
         if name == "500_95 as JPEG files":
             out = self.folder / "jpegs"
             count = len(write_jpegs(self.data, self.ids, out))
         elif name == "FFCV's file":
-            paths = self.paths or sorted(self.find("500_95 as JPEG files")[0].iterdir())
+            if not installed_version(["ffcv"]):
+                raise RuntimeError("ffcv is not installed: pip install ffcv")
+            paths = self.pictures()
             count = len(paths)
-            # The writer waits for ever for a worker that died. 5 images/s: slower than any machine
-            Child().call(write_ffcv, out, paths, self.args.num_workers, timeout=60 + count / 5)
+            seconds = 60 + count / 5  # slower than any machine
+            try:
+                Child().call(write_ffcv, out, paths, self.args.num_workers, timeout=seconds)
+            except TimeoutError:  # it waits for ever for a worker that died
+                raise RuntimeError(f"FFCV's DatasetWriter did not end in {seconds:.0f} s") from None
         elif name == "FFCV's file, converted":
             path, numbers = self.find("FFCV's file")
             run_builder(out, "--data-dir", path)
@@ -579,7 +590,7 @@ def find_alternatives(sources, report):
             continue
         try:
             found.append((alternative, sources.find(alternative.source)))
-        except (ImportError, RuntimeError, TimeoutError) as error:
+        except RuntimeError as error:
             leave_out(report, alternative.name, error)
     return found
 
@@ -820,10 +831,9 @@ def make_scaling_files(sources, side, quality):
         return indexed, whole
     pasted = sources.folder / name
     pasted.mkdir()
-    paths = sources.paths or sorted(sources.find("500_95 as JPEG files")[0].iterdir())
+    paths = sources.pictures()
     for i in range(SCALING_PICTURES):
-        step = len(paths) // SCALING_PICTURES or 1
-        picture = paste_picture(paths, i * step, side)
+        picture = paste_picture(paths, i * len(paths) // SCALING_PICTURES, side)
         picture.save(pasted / f"{i:03}.ppm")
     run_builder(indexed, "--data-dir", pasted, "--max-resolution", side, "--quality", quality)
     jpegs = sources.folder / f"{name}_jpegs"
@@ -853,8 +863,9 @@ def make_scaling_rows(args, sources, axis, value):
     return rows
 
 
-def plot_scaling(rows, path):
+def plot_scaling(rows, cpu, path):
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    figure.suptitle(f"Images/s as the work grows ({cpu})")
     panels = axes.flat
     for axis_name, (label, _) in AXES.items():
         panel = next(panels)
@@ -867,8 +878,14 @@ def plot_scaling(rows, path):
                            color=colour, label=decoder)
         panel.set_xlabel(label)
         panel.set_ylabel("images/s")
-        panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
+        if axis_name == "picture":  # pixels grow by 60
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            panel.set_xticks(values, values)
+            panel.set_xticks([], minor=True)
+        else:
+            panel.set_ylim(bottom=0)
         if axis_name == "threads":
             panel.set_xticks(values)
     last = next(panels)
@@ -878,7 +895,7 @@ def plot_scaling(rows, path):
              f"{USUAL['picture'] * 2 // 3} pixels,\nquality {USUAL['quality']}, 4:2:0, output "
              f"{USUAL['output']} pixels, crops of 0.2 to 1 of\nthe picture, all cores. Line: "
              "slowest to fastest round.")
-    last.text(0, 0.6, usual, va="top", transform=last.transAxes)
+    last.text(0.02, 0.7, usual, va="top", transform=last.transAxes)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -892,7 +909,8 @@ def bench_scaling(args, sources, report):
         for value in values:
             rows += measure(args, report, make_scaling_rows(args, sources, axis, value))
     add_table(report, "scaling", rows, hidden=["first_batch_s"])
-    plot_scaling(rows, args.plot.with_name(f"{args.plot.stem}_scaling.png"))
+    cpu = report["hardware"]["cpu"]
+    plot_scaling(rows, cpu, args.plot.with_name(f"{args.plot.stem}_scaling.png"))
 
 
 # --- all sections

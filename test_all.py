@@ -2251,7 +2251,9 @@ def test_bench_leaves_out_by_name(beton, folder, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "jpegs")
     missing, names = left_out_of(beton)
     assert "pip install ffcv" in missing["FFCV"] and "ESSL" in names
-    assert str(beton) in missing["image folder (Pillow)"] and "raw" in missing["ESSL, FFCV's file"]
+    no_jpegs = missing["image folder (Pillow)"]
+    assert str(beton) in no_jpegs and "raw" in no_jpegs
+    assert "pip install ffcv" in missing["ESSL, FFCV's file converted"]
 
 
 def open_counter(fails_at):
@@ -2383,7 +2385,7 @@ def test_bench_scaling_varies_one_thing_at_a_time(folder, tmp_path, monkeypatch)
     monkeypatch.setitem(bench_loader.USUAL, "picture", 60)
     args = bench_loader.get_args(["--data", str(folder / "train.beton"), "--images", "64",
                                   "--plot", str(tmp_path / "p.png"), "--num-workers", "1"])
-    report = {}
+    report = {"hardware": {"cpu": "a CPU"}}
     bench_loader.bench_scaling(args, None, report)
     values = {}
     for row in report["scaling"][::2]:
