@@ -102,9 +102,25 @@ def init_weights(model):
     nn.init.normal_(model.cls_token, std=0.02)
 
 
+def warn_of_range(imgs):
+    """Warns of float pictures of 0 to 1, or 0 to 255. On a GPU it waits for them."""
+    if torch.compiler.is_compiling() or imgs.device.type == "meta" or imgs.numel() == 0:
+        return
+    low, high = imgs.detach().aminmax()
+    if low >= 0 and (high <= 1 or high > 20):  # Python shows the warning once
+        warnings.warn("float pictures of 0 to 1, or 0 to 255, are not normalised, as float "
+                      "pictures must be: give uint8, or subtract the model's mean and divide by "
+                      "its std.")
+
+
 def normalize(model, imgs):
     """uint8 (B, 3, H, W) -> float, ImageNet's mean 0 and deviation 1; float stays as it is."""
-    return imgs if imgs.is_floating_point() else (imgs.float() / 255 - model.mean) / model.std
+    if not imgs.is_floating_point():
+        return (imgs.float() / 255 - model.mean) / model.std
+    in_training_step = model.training and torch.is_grad_enabled()
+    if not in_training_step:  # which must not wait for the GPU
+        warn_of_range(imgs)
+    return imgs
 
 
 @torch.no_grad()
@@ -242,9 +258,8 @@ class MaskedAutoencoderViT(nn.Module):
         noise (B, L) fixes the mask, 1 = removed. With decoder_keep < 1 the mask is 1 only where a
         removed patch was reconstructed. return_latent adds the latent (B, 1 + K, D), for a probe.
         """
-        if self.training and imgs.is_floating_point() and not torch.compiler.is_compiling():
-            if imgs.min() >= 0 and imgs.max() <= 1:  # Python shows the warning once
-                warnings.warn("float pictures within [0, 1] are not normalised: give uint8?")
+        if self.training and imgs.is_floating_point():
+            warn_of_range(imgs)
         imgs = self.normalize(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore, decoder_keep)

@@ -1824,15 +1824,13 @@ def test_models_forward_and_gradients_equal_a_plain_reference(norm_pix_loss, kee
 
 
 def test_models_inputs():
-    """uint8 is normalised as by torchvision; float in [0, 1] is warned of."""
+    """uint8 is normalised as by torchvision."""
     model = models_mae.mae_vit_nano_patch8(img_size=32)
     noise = torch.rand(2, 16)
     imgs = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     floats = (imgs / 255 - mean) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(model(imgs, noise=noise)[0], model(floats, noise=noise)[0])
-    with pytest.warns(UserWarning, match="normalise"):
-        model(imgs / 255)
     with pytest.raises(RuntimeError, match="shape"):  # not square
         model(imgs[..., :16])
     half = floats.half().repeat(3000, 1, 1, 1)  # float16 ends at 65,504
@@ -1840,6 +1838,31 @@ def test_models_inputs():
     loss, expected = (model.forward_loss(kind(half), pred, kind(torch.ones(6000, 16)))
                       for kind in (torch.Tensor.half, torch.Tensor.float))
     torch.testing.assert_close(loss, expected)
+
+
+def test_models_warn_of_float_pictures_that_are_not_normalised(folder, mae):
+    """Floats of 0 to 1 and of 0 to 255, in training and evaluation, in each way into a model; not
+    of uint8 or normalised pictures, and in a training step of the ViT nothing is looked at."""
+    vit = ViT(size_of("vit_nano_patch8"), 32, 3)
+    loaded = load_mae(folder / "mae.pt")
+    imgs = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    normalised = (imgs / 255 - loaded.mean) / loaded.std
+    training = copy.deepcopy(loaded).train()
+    ways = (loaded, training, loaded.features, training.features, loaded.reconstruct,
+            lambda x: loaded.forward_encoder(x, 0.75), vit.eval())
+    for way in ways:
+        for floats in (imgs / 255, imgs.float(), (imgs / 255).half().float()):
+            with pytest.warns(UserWarning, match="uint8"):
+                way(floats)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            way(imgs)
+            way(normalised)
+            way(normalised[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.train()(imgs / 255)
+        assert loaded.features(normalised[:0]).shape == (0, 128)
 
 
 def test_models_position_table_is_the_published_formula():
