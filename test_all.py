@@ -1831,13 +1831,73 @@ def test_models_inputs():
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     floats = (imgs / 255 - mean) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(model(imgs, noise=noise)[0], model(floats, noise=noise)[0])
-    with pytest.raises(RuntimeError, match="shape"):  # not square
-        model(imgs[..., :16])
     half = floats.half().repeat(3000, 1, 1, 1)  # float16 ends at 65,504
     pred = torch.zeros(6000, 16, 192)
     loss, expected = (model.forward_loss(kind(half), pred, kind(torch.ones(6000, 16)))
                       for kind in (torch.Tensor.half, torch.Tensor.float))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("height, width", [(32, 48), (64, 16), (24, 8), (16, 64), (32, 32)])
+def test_models_rectangles_equal_plain_references(height, width):
+    """tokens are those of timm's ViT, and features their mean; loss, prediction and gradients are
+    the reference's with timm's tables of that size; 16 x 64 has as many patches as the table."""
+    from timm.layers import resample_abs_pos_embed
+    torch.manual_seed(0)
+    model = models_mae.MaskedAutoencoderViT(32, 8, 24, 2, 3, 16, 2, 2).double()
+    grid = (height // 8, width // 8)
+    imgs = torch.randn(3, 3, height, width, dtype=torch.float64)
+    vit = ViT(dict(patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0), 32, 0, "mean")
+    load_into(vit.double(), model.state_dict(), "x")
+    expected = vit.forward_features(imgs)[:, 1:]  # (B, L, D)
+    tokens = model.tokens(imgs)
+    assert tokens.shape == (3, 24, *grid)
+    for row, column in itertools.product(*map(range, grid)):
+        ours, theirs = tokens[:, :, row, column], expected[:, row * grid[1] + column]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # timm's table: float32
+    torch.testing.assert_close(model.features(imgs), expected.mean(1), rtol=0, atol=1e-6)
+    tokens.sum().backward()
+    assert model.cls_token.grad.abs().sum() > 0
+    patches = F.unfold(imgs, 8, stride=8).mT.unflatten(2, (3, -1)).mT.flatten(2)
+    assert torch.equal(model.patchify(imgs), patches)
+    assert torch.equal(model.unpatchify(patches, grid), imgs)
+
+    plain = copy.deepcopy(model)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = resample_abs_pos_embed(getattr(model, name), list(grid), [4, 4])
+        setattr(plain, name, torch.nn.Parameter(table, requires_grad=False))
+    noise = torch.rand(3, grid[0] * grid[1])
+    model.zero_grad()
+    loss, pred, mask = model(imgs, 0.5, noise)
+    loss.backward()
+    rows = [reference_mae(plain, *pair, 0.5, 1.0) for pair in zip(imgs, noise)]
+    losses, preds, masks = (torch.stack(parts) for parts in zip(*rows))
+    plain.zero_grad()
+    losses.mean().backward()
+    ours, theirs = ([p.grad for p in m.parameters() if p.requires_grad] for m in (model, plain))
+    torch.testing.assert_close([loss, pred, mask, *ours], [losses.mean(), preds, masks, *theirs],
+                               rtol=1e-5, atol=1e-9)
+    parts = model.reconstruct(imgs, 0.5, noise)
+    shown = (imgs * model.std + model.mean).clamp(0, 1)
+    torch.testing.assert_close(parts[0], shown)
+
+
+def test_models_say_what_is_no_whole_grid():
+    """A side that is no multiple of the patch, in either direction; patches of a rectangle without
+    its grid; a grid of another number of patches."""
+    model = models_mae.mae_vit_nano_patch8(img_size=32)
+    for shape in ((2, 3, 32, 36), (2, 3, 36, 32), (2, 3, 32, 4)):
+        for way in (model, model.patchify, model.features, model.tokens):
+            with pytest.raises(WeightsError, match="multiple of 8"):
+                way(torch.zeros(shape, dtype=torch.uint8))
+    imgs = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.5)
+    patches = model.patchify(imgs)
+    for wrong in (lambda: model.unpatchify(patches), lambda: model.unpatchify(patches, (4, 5)),
+                  lambda: model.forward_decoder(latent, ids_restore)):
+        with pytest.raises(WeightsError, match="24 patches.*grid_of"):
+            wrong()
+    assert model.forward_decoder(latent, ids_restore, grid=(4, 6)).shape == (2, 24, 192)
 
 
 def test_models_warn_of_float_pictures_that_are_not_normalised(folder, mae):
