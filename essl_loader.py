@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 import weakref
 import zlib
 from collections import Counter, namedtuple
@@ -2026,7 +2028,7 @@ class EpochLoader(contextlib.AbstractContextManager):
     num_workers: int = 0
     seed: int = 0
     rank: int = 0
-    world_size: int = 1
+    world_size: int | None = None  # None: 1, with a warning where there are several processes
     drop_last: bool | None = None
     device: str | torch.device = "cpu"
     indices: np.ndarray | list[int] | None = None
@@ -2034,6 +2036,8 @@ class EpochLoader(contextlib.AbstractContextManager):
     views: int = 1
 
     def __post_init__(self):
+        self._warn_of_ranks = self.world_size is None
+        self.world_size = 1 if self.world_size is None else self.world_size
         for name, good, expected in (
                 ("order", self.order in ("random", "pages"), "'random' or 'pages'"),
                 ("interpolation", self.interpolation in INTERPOLATIONS, INTERPOLATIONS),
@@ -2053,7 +2057,7 @@ class EpochLoader(contextlib.AbstractContextManager):
         self.num_workers = self.num_workers or usable_cores()
         self.drop_last = self.train if self.drop_last is None else self.drop_last
         self._kept = None
-        self._set_indices(np.arange(len(self.labels)) if self.indices is None else self.indices)
+        self.set_indices(np.arange(len(self.labels)) if self.indices is None else self.indices)
         self.closed = False
         self._process = os.getpid()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -2064,8 +2068,13 @@ class EpochLoader(contextlib.AbstractContextManager):
     def _get_indices(self):
         return self._indices
 
-    def _set_indices(self, indices):
-        """Checks the samples of an epoch; they count from the next epoch on."""
+    def set_indices(self, indices: np.ndarray | list[int]):
+        """The samples of an epoch, from the next epoch on, in order where train=False.
+
+        A sample may be in it several times, each time with another crop, as for class-balanced
+        epochs or hard examples. All ranks give the same. Raises ValueError for what is no list of
+        samples.
+        """
         if not hasattr(self, "_kept"):  # an argument, before the file is open
             self._indices = indices
             return
@@ -2112,17 +2121,25 @@ class EpochLoader(contextlib.AbstractContextManager):
 
     def state_dict(self) -> dict:
         """Where the iteration stands, in samples of all ranks: another number may go on from it."""
+        indices = self._epoch_indices if self._started else self.indices
         return {"epoch": self.epoch, "samples": self.batch * self.batch_size * self.world_size,
-                "seed": self.seed, "num_samples": len(self.indices), "order": self.order,
+                "seed": self.seed, "num_samples": len(indices), "order": self.order,
+                "indices": hashlib.sha1(indices).hexdigest(),
                 "res": self.res, "scale": list(self.scale)}
 
     def load_state_dict(self, state: dict):
         """Goes on with the exact next batch; ValueError if the data or the batches differ."""
-        ours = self.state_dict()
-        for key in ("num_samples", "seed", "order"):
-            if state[key] != ours[key]:
+        for key, ours in (("seed", self.seed), ("order", self.order)):
+            if state[key] != ours:
                 raise ValueError(f"{self.path}: the state has {key} {state[key]}, this loader "
-                                 f"{ours[key]}. Take the same data and arguments.")
+                                 f"{ours}. Take the same data and arguments.")
+        ours = hashlib.sha1(self.indices).hexdigest()
+        same_indices = state.get("indices", ours) == ours  # earlier versions did not keep it
+        if state["num_samples"] != len(self.indices) or not same_indices:
+            raise ValueError(f"{self.path}: the state is of num_samples {state['num_samples']}, "
+                             f"this loader of {len(self.indices)}, or they are not the same "
+                             "samples. Take the same data; first call set_indices() with the "
+                             "indices of the epoch in which the state was saved.")
         batch, rest = divmod(state["samples"], self.batch_size * self.world_size)
         if rest:
             raise ValueError(f"{self.path}: the state is {state['samples']} samples into its "
@@ -2153,14 +2170,27 @@ class EpochLoader(contextlib.AbstractContextManager):
     def __iter__(self):
         self._check_usable()
         self._check_length()
+        self._check_ranks()
         if self._started:  # an earlier iteration was left early: this is the next epoch
             self.set_epoch(self.epoch + 1)
         self._started = True
+        self._epoch_indices = self.indices
         batches = self._host_batches(self._positions(), self.batch)
         for batch in self._to_device(batches) if self._stream else batches:
             self.batch += 1
             yield batch
         self.set_epoch(self.epoch + 1)
+
+    def _check_ranks(self):
+        """Warns once if other processes seem to read the same samples: nobody shards a loader."""
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+        if self._warn_of_ranks and processes > 1:
+            warnings.warn(f"{self.path}: each of {processes} processes reads all samples. Give the "
+                          "loader rank and world_size, so that each reads its share, or "
+                          "world_size=1 if this is meant.")
+        self._warn_of_ranks = False
 
     def _check_usable(self):
         if self.closed:
@@ -2195,7 +2225,7 @@ class EpochLoader(contextlib.AbstractContextManager):
 
 
 # Not in the class: there it would be the default of the dataclass's argument
-EpochLoader.indices = property(EpochLoader._get_indices, EpochLoader._set_indices)
+EpochLoader.indices = property(EpochLoader._get_indices, EpochLoader.set_indices)
 
 
 # --- loader over a .beton file

@@ -1467,11 +1467,12 @@ def test_loader_indices_are_checked_when_set(beton):
     loader.indices = np.arange(30, 39)
     assert len(loader) == 3 and torch.cat([y for _, y in loader]).tolist() == list(range(30, 39))
     for wrong in (np.ones(40, bool), [True, False], [0.0, 1.0], [40], [-1], [], [[1, 2]], 3,
-                  [2 ** 63], ["1"]):
+                  [2 ** 63], ["1"], None, {1, 2}, torch.ones(40, dtype=torch.bool)):
         with pytest.raises(ValueError, match="indices of .*0 to 39.*flatnonzero"):
-            loader.indices = wrong
-        with pytest.raises(ValueError, match="indices of"):
-            ESSLLoader(beton, 4, indices=wrong)
+            loader.set_indices(wrong)
+        if wrong is not None:
+            with pytest.raises(ValueError, match="indices of"):
+                ESSLLoader(beton, 4, indices=wrong)
     with pytest.raises(ValueError):
         loader.indices[0] = 99
     assert loader.num_samples == 9
@@ -1479,6 +1480,67 @@ def test_loader_indices_are_checked_when_set(beton):
     train.indices = [5]
     with pytest.raises(DataError, match="do not fill one batch"):
         list(train)
+
+
+@pytest.mark.parametrize("name", ["train", "train.beton"])
+def test_loader_set_indices_for_the_next_epoch(folder, name):
+    """Samples that stand there several times come as often, with a crop each; set in the middle
+    of an epoch they count from the next one; a state in the middle of an epoch belongs to the
+    indices of that epoch, and is refused with others of the same number, and in their order."""
+    def loader(indices=None):
+        return open_loader(folder / name, 4, res=16, seed=3, num_workers=1, indices=indices)
+    balanced = [5] * 6 + [7, 8] * 3
+    changing = loader(range(8))
+    batches = iter(changing)
+    first = [next(batches)[1]]
+    state_before = changing.state_dict()
+    changing.set_indices(balanced)
+    assert changing.state_dict() == state_before
+    first += [labels for _, labels in batches]
+    assert sorted(torch.cat(first).tolist()) == sorted(changing.labels[:8].tolist())
+    images, labels = (torch.cat(parts) for parts in zip(*changing))
+    assert sorted(labels.tolist()) == sorted(changing.labels[balanced].tolist())
+    assert len(images.flatten(1).unique(dim=0)) == 12
+
+    one = loader(balanced)
+    batches = iter(one)
+    next(batches)
+    state = json.loads(json.dumps(one.state_dict()))
+    rest = [(images.numpy().tobytes(), labels.tolist()) for images, labels in batches]
+    for other in (None, range(12), balanced[::-1], balanced[:-1]):
+        with pytest.raises(ValueError, match=f"{name}.*set_indices"):
+            loader(other).load_state_dict(state)
+    other = loader()
+    other.set_indices(torch.tensor(balanced))
+    other.load_state_dict(state)
+    assert epochs_of(other, 1) == rest
+    del state["indices"]  # a state of earlier versions
+    other.load_state_dict(state)
+    assert epochs_of(other, 1) == rest
+
+
+@pytest.mark.parametrize("name", ["val", "val.beton"])
+@pytest.mark.parametrize("launch", ["torchrun", "a group", "alone"])
+def test_loader_warns_of_ranks_that_it_does_not_know(folder, monkeypatch, name, launch):
+    """In one of several processes a loader that was not told its rank warns once, when it is
+    iterated, with the remedy; one that was told does not, nor does any in a process of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2" if launch == "torchrun" else "")
+    if launch == "a group":  # as torch.multiprocessing.spawn starts it, without the variable
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    found = []
+    for shard in ({}, {"world_size": 1}, {"rank": 1, "world_size": 2}):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with open_loader(folder / name, 4, res=8, num_workers=1, **shard) as loader:
+                assert loader.num_samples == 13 and not caught  # its tables may be read by all
+                for _ in range(2):
+                    next(iter(loader))
+        found.append([str(warning.message) for warning in caught
+                      if "world_size" in str(warning.message)])
+    assert [len(messages) for messages in found] == [int(launch != "alone"), 0, 0]
+    for message in found[0]:
+        assert name in message and "2 processes" in message and "Give the loader rank" in message
 
 
 def test_loader_says_what_is_wrong_with_labels(tmp_path):
