@@ -1443,8 +1443,183 @@ def test_loader_folder_loader_has_the_same_surface(folder):
     batches = iter(theirs)
     next(batches)
     for child in multiprocessing.active_children():  # as torchrun does: the run ends its step
-        child.terminate()
+        subprocess.run(["kill", str(child.pid)], check=True)
     assert len(list(batches)) == 3 and torch.equal(torch.get_rng_state(), state)
+
+
+def raising(picture):
+    raise KeyError("no such colour")
+
+
+FOLDER_AT_EXIT = """
+import sys
+from essl_loader import FolderLoader
+batches = iter(FolderLoader(sys.argv[1], 4, res=16, num_workers=2))
+next(batches)
+print("the last line")
+if sys.argv[2] == "raises":
+    raise ValueError("mine")
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "raises"])
+def test_loader_folder_loader_lets_a_program_end(folder, how):
+    """A program that ends in the middle of an epoch, with or without an error, ends its workers."""
+    done = subprocess.run([sys.executable, "-c", FOLDER_AT_EXIT, folder / "train", how], cwd=HERE,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == int(how == "raises") and done.stdout == "the last line\n", done.stderr
+
+
+@pytest.mark.parametrize("transform, word", [
+    (raising, "KeyError.*no such colour.*test_all.py, line"),
+    (lambda picture: picture.resize((9, 9)), "shape"),
+    (lambda picture: np.asarray(picture) / 255, "uint8.*float64"),
+    (lambda picture: None, "uint8")])
+def test_loader_folder_loader_names_what_a_transform_fails_on(folder, transform, word):
+    """A transform that raises, or returns what is no picture of the size, ends the epoch with an
+    error that names the picture and the place; the pictures are not called damaged."""
+    loader = FolderLoader(folder / "val", 4, res=16, num_workers=1, transform=transform)
+    with pytest.raises(DataError, match=rf"(?s)\d.png: transform failed.*{word}") as raised:
+        list(loader)
+    assert "skip-bad" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["train", "train.beton"])
+@pytest.mark.parametrize("options", [{}, {"views": 2}, {"train": False}])
+def test_loader_return_index_tells_the_samples(folder, name, options):
+    """The numbers are those of `indices`, labels and pictures; pictures and labels do not change
+    by asking for them."""
+    settings = dict(res=16, seed=2, num_workers=1, indices=[9, 4, 9, 60, 2, 11]) | options
+    plain = open_loader(folder / name, 4, drop_last=False, **settings)
+    asked = open_loader(folder / name, 4, drop_last=False, return_index=True, **settings)
+    found = []
+    for (images, labels), (same, also, samples) in zip(plain, asked, strict=True):
+        assert torch.equal(images, same) and torch.equal(labels, also)
+        assert samples.dtype == torch.int64 and samples.shape == labels.shape
+        assert labels.tolist() == asked.labels[samples].tolist()
+        found += samples.tolist()
+    assert sorted(found) == [2, 4, 9, 9, 11, 60]
+    if options == {"train": False}:
+        assert found == [9, 4, 9, 60, 2, 11]
+
+
+def half_batch(images):
+    return images.float().flip(-1) / 2
+
+
+def test_loader_transform_takes_whole_batches(beton):
+    """Called once a batch, on uint8 images in channels_last, with all views; its result takes
+    their place, the loader's own bytes do not change; an error of it leaves no thread, and the
+    batch counts as not given out."""
+    seen = []
+
+    def transform(images):
+        seen.append((images.dtype, images.shape))
+        return half_batch(images)
+    for options in ({"views": 2}, {}, {"train": False}):
+        settings = dict(res=24, drop_last=False) | options
+        plain = list(ESSLLoader(beton, 16, **settings))
+        seen.clear()
+        found = list(ESSLLoader(beton, 16, transform=transform, **settings))
+        assert seen == [(torch.uint8, images.shape) for images, _ in plain]
+        for (images, labels), (changed, also) in zip(plain, found, strict=True):
+            assert torch.equal(labels, also) and torch.equal(changed, half_batch(images))
+    threads = threading.active_count()
+    loader = ESSLLoader(beton, 16, res=24, transform=raising)
+    with pytest.raises(KeyError, match="no such colour"):
+        list(loader)
+    assert threading.active_count() == threads and loader.state_dict()["samples"] == 0
+
+
+@pytest.mark.parametrize("name", ["train", "train.beton"])
+def test_loader_is_pickled_with_its_place(folder, tmp_path, name):
+    """In the middle of an epoch, after set_stage and set_indices: the copy gives the rest of the
+    epoch and the next one; what has changed since, or is closed, is refused."""
+    path = tmp_path / name
+    shutil.copytree(folder / name, path) if name == "train" else shutil.copy(folder / name, path)
+    loader = open_loader(path, 8, seed=3, res=16, num_workers=1, rank=1, world_size=2,
+                         return_index=True)
+    loader.set_epoch(2)
+    loader.set_indices(np.arange(63, -1, -1).repeat(2))
+    loader.set_stage(res=24, scale=(0.5, 1.0))
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    stored = pickle.dumps(loader)
+    assert len(stored) < 10_000
+
+    def rest_of(batches):
+        return [(images.numpy().tobytes(), labels.tolist(), samples.tolist())
+                for images, labels, samples in batches]
+    expected = rest_of(batches) + rest_of(loader)
+    again = pickle.loads(stored)
+    assert rest_of(again) + rest_of(again) == expected and len(expected) == 13
+    loader.set_epoch(0)
+    batches = iter(loader)
+    next(batches)
+    loader.set_indices([1, 2] * 30)  # for the next epoch: a copy cannot be of both
+    with pytest.raises(ValueError, match="set_indices"):
+        pickle.loads(pickle.dumps(loader))
+    batches.close()
+    again.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pickle.dumps(again)
+    if name == "train":
+        (path / "light/1.png").rename(path / "dark/1.png")
+    else:
+        shutil.copy(folder / "val.beton", path)
+    with pytest.raises(ValueError, match=f"{name}: (its labels|.*expected a list of samples)"):
+        pickle.loads(stored)
+
+
+def test_loader_reader_is_pickled_by_its_path(folder, tmp_path):
+    """The copy reads the file anew, with its names and classes; another file there is refused."""
+    for ending in ("beton", "beton.json", "beton.names"):
+        shutil.copy(folder / f"train.{ending}", tmp_path / f"x.{ending}")
+    reader = BetonReader(tmp_path / "x.beton")
+    stored = pickle.dumps(reader)
+    again = pickle.loads(stored)
+    reader.close()
+    assert len(stored) < 2_000 and again.names[5] == reader.names[5]
+    assert again.classes == reader.classes and again.image(3).shape[2] == 3
+    for ending in ("beton", "beton.json", "beton.names"):
+        shutil.copy(folder / f"val.{ending}", tmp_path / f"x.{ending}")
+    with pytest.raises(DataError, match="x.beton.*Open it anew"):
+        pickle.loads(stored)
+
+
+SPAWN = """
+import hashlib, sys
+import torch
+from essl_loader import ESSLLoader
+
+def digest(loader):
+    whole = hashlib.sha1()
+    for images, labels in loader:
+        whole.update(images.numpy().tobytes())
+    return whole.hexdigest()
+
+def work(rank, loaders, reader, out):
+    reader.image(0)
+    with open(f"{out}/{rank}", "w") as file:
+        file.write(digest(loaders[rank]))
+
+if __name__ == "__main__":
+    path, out = sys.argv[1:]
+    loaders = [ESSLLoader(path, 8, res=24, rank=rank, world_size=2) for rank in range(2)]
+    torch.multiprocessing.spawn(work, (loaders, loaders[0].reader, out), nprocs=2)
+    for rank in range(2):
+        assert open(f"{out}/{rank}").read() == digest(loaders[rank])
+"""
+
+
+def test_loader_works_in_spawned_processes(folder, tmp_path):
+    """torch.multiprocessing.spawn: each process gets its loader and gives the parent's bytes."""
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    done = subprocess.run([sys.executable, tmp_path / "spawn.py", folder / "train.beton", tmp_path],
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_loader_folder_loader_refuses_what_the_builder_refuses(tmp_path):
@@ -1528,6 +1703,7 @@ def test_loader_warns_of_ranks_that_it_does_not_know(folder, monkeypatch, name, 
     if launch == "a group":  # as torch.multiprocessing.spawn starts it, without the variable
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     found = []
     for shard in ({}, {"world_size": 1}, {"rank": 1, "world_size": 2}):
         with warnings.catch_warnings(record=True) as caught:
