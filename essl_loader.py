@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -26,12 +27,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import unicodedata
+import warnings
 import weakref
 import zlib
 from collections import Counter, namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import llvmlite.binding
@@ -1971,6 +1974,17 @@ class BetonReader:
             raise self.sample_error(i, REASONS[code])
         return pixels.reshape(height, width, 3).copy()
 
+    def __getstate__(self):
+        """For pickle: the path alone; the file is opened where the reader is unpickled."""
+        return {"path": self.path, "size": self.size, "settings": self.settings,
+                "labels": zlib.crc32(self.labels)}
+
+    def __setstate__(self, state):
+        self.__init__(state["path"])
+        if self.__getstate__() != state:
+            raise DataError(f"{self.path}: it is not the file any more that was open where this "
+                            "was pickled. Open it anew.")
+
     def close(self):
         self.file.close()
 
@@ -2027,14 +2041,18 @@ class EpochLoader(contextlib.AbstractContextManager):
     num_workers: int = 0
     seed: int = 0
     rank: int = 0
-    world_size: int = 1
+    world_size: int | None = None  # None: 1, with a warning where there are several processes
     drop_last: bool | None = None
     device: str | torch.device = "cpu"
     indices: np.ndarray | list[int] | None = None
     order: str = "random"
     views: int = 1
+    return_index: bool = False  # batches are (images, labels, samples), samples int64 (B,)
+    transform: object = None
 
     def __post_init__(self):
+        self._warn_of_ranks = self.world_size is None
+        self.world_size = 1 if self.world_size is None else self.world_size
         for name, good, expected in (
                 ("order", self.order in ("random", "pages"), "'random' or 'pages'"),
                 ("interpolation", self.interpolation in INTERPOLATIONS, INTERPOLATIONS),
@@ -2054,7 +2072,7 @@ class EpochLoader(contextlib.AbstractContextManager):
         self.num_workers = self.num_workers or usable_cores()
         self.drop_last = self.train if self.drop_last is None else self.drop_last
         self._kept = None
-        self._set_indices(np.arange(len(self.labels)) if self.indices is None else self.indices)
+        self.set_indices(np.arange(len(self.labels)) if self.indices is None else self.indices)
         self.closed = False
         self._process = os.getpid()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -2065,8 +2083,13 @@ class EpochLoader(contextlib.AbstractContextManager):
     def _get_indices(self):
         return self._indices
 
-    def _set_indices(self, indices):
-        """Checks the samples of an epoch; they count from the next epoch on."""
+    def set_indices(self, indices: np.ndarray | list[int]):
+        """The samples of an epoch, from the next epoch on, in order where train=False.
+
+        A sample may be in it several times, each time with another crop, as for class-balanced
+        epochs or hard examples. All ranks give the same. Raises ValueError for what is no list of
+        samples.
+        """
         if not hasattr(self, "_kept"):  # an argument, before the file is open
             self._indices = indices
             return
@@ -2074,9 +2097,9 @@ class EpochLoader(contextlib.AbstractContextManager):
         array = np.asarray(indices)
         whole = array.dtype.kind in "iu" and array.ndim == 1 and array.size
         if not (whole and array.min() >= 0 and array.max() < total):
-            raise ValueError(f"indices of type {array.dtype} and shape {array.shape}: expected a "
-                             f"list of samples, whole numbers from 0 to {total - 1}. Of a mask "
-                             "take np.flatnonzero(mask).")
+            raise ValueError(f"{self.path}: indices of type {array.dtype} and shape {array.shape}: "
+                             "expected a list of samples, whole numbers from 0 to "
+                             f"{total - 1}. Of a mask take np.flatnonzero(mask).")
         self._indices = array.astype(np.int64)
         self._indices.flags.writeable = False  # a change in place would not be seen
         # Orders are drawn with the excluded samples and leave them out afterwards, so that a run
@@ -2113,17 +2136,25 @@ class EpochLoader(contextlib.AbstractContextManager):
 
     def state_dict(self) -> dict:
         """Where the iteration stands, in samples of all ranks: another number may go on from it."""
+        indices = self._epoch_indices if self._started else self.indices
         return {"epoch": self.epoch, "samples": self.batch * self.batch_size * self.world_size,
-                "seed": self.seed, "num_samples": len(self.indices), "order": self.order,
+                "seed": self.seed, "num_samples": len(indices), "order": self.order,
+                "indices": hashlib.sha1(indices).hexdigest(),
                 "res": self.res, "scale": list(self.scale)}
 
     def load_state_dict(self, state: dict):
         """Goes on with the exact next batch; ValueError if the data or the batches differ."""
-        ours = self.state_dict()
-        for key in ("num_samples", "seed", "order"):
-            if state[key] != ours[key]:
+        for key, ours in (("seed", self.seed), ("order", self.order)):
+            if state[key] != ours:
                 raise ValueError(f"{self.path}: the state has {key} {state[key]}, this loader "
-                                 f"{ours[key]}. Take the same data and arguments.")
+                                 f"{ours}. Take the same data and arguments.")
+        ours = hashlib.sha1(self.indices).hexdigest()
+        same_indices = state.get("indices", ours) == ours  # earlier versions did not keep it
+        if state["num_samples"] != len(self.indices) or not same_indices:
+            raise ValueError(f"{self.path}: the state is of num_samples {state['num_samples']}, "
+                             f"this loader of {len(self.indices)}, or they are not the same "
+                             "samples. Take the same data; first call set_indices() with the "
+                             "indices of the epoch in which the state was saved.")
         batch, rest = divmod(state["samples"], self.batch_size * self.world_size)
         if rest:
             raise ValueError(f"{self.path}: the state is {state['samples']} samples into its "
@@ -2154,14 +2185,50 @@ class EpochLoader(contextlib.AbstractContextManager):
     def __iter__(self):
         self._check_usable()
         self._check_length()
+        self._check_ranks()
         if self._started:  # an earlier iteration was left early: this is the next epoch
             self.set_epoch(self.epoch + 1)
         self._started = True
+        self._epoch_indices = self.indices
         batches = self._host_batches(self._positions(), self.batch)
-        for batch in self._to_device(batches) if self._stream else batches:
+        for images, labels, samples in self._to_device(batches) if self._stream else batches:
+            images = self._transform_batch(images)
             self.batch += 1
-            yield batch
+            yield (images, labels, samples) if self.return_index else (images, labels)
         self.set_epoch(self.epoch + 1)
+
+    def _transform_batch(self, images):
+        return images
+
+    def __getstate__(self):
+        """For pickle: the arguments and where the iteration stands; see __setstate__."""
+        if self.closed:
+            raise RuntimeError(f"{self.path}: this loader is closed, it cannot be pickled.")
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self._warn_of_ranks:
+            arguments["world_size"] = None
+        return {"arguments": arguments, "state": self.state_dict(),
+                "labels": zlib.crc32(self.labels)}
+
+    def __setstate__(self, state):
+        """Opens the data again, in a process started by spawn for example, and goes on with the
+        next batch. Raises what the constructor and load_state_dict raise."""
+        self.__init__(**state["arguments"])
+        if zlib.crc32(self.labels) != state["labels"]:
+            raise DataError(f"{self.path}: its labels are not those that it had where the loader "
+                            "was pickled. Make a new loader.")
+        self.load_state_dict(state["state"])
+
+    def _check_ranks(self):
+        """Warns once if other processes seem to read the same samples: nobody shards a loader."""
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+        if self._warn_of_ranks and processes > 1:
+            warnings.warn(f"{self.path}: each of {processes} processes reads all samples. Give the "
+                          "loader rank and world_size, so that each reads its share, or "
+                          "world_size=1 if this is meant.")
+        self._warn_of_ranks = False
 
     def _check_usable(self):
         if self.closed:
@@ -2174,8 +2241,10 @@ class EpochLoader(contextlib.AbstractContextManager):
         """Copies one batch ahead on the side stream: training never waits for a copy."""
         sent = []  # copies under way, each with the pinned batch that it reads
         for batch in batches:
+            images, labels, samples = batch
+            moved = batch if self.return_index else (images, labels)
             with torch.cuda.stream(self._stream):
-                there = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+                there = [tensor.to(self.device, non_blocking=True) for tensor in moved]
                 sent.append((there, batch, self._stream.record_event()))
             if len(sent) > 1:
                 yield self._receive(*sent.pop(0))
@@ -2186,6 +2255,8 @@ class EpochLoader(contextlib.AbstractContextManager):
         copied.synchronize()  # long done; until here `batch` kept its pinned buffer
         for tensor in there:
             tensor.record_stream(torch.cuda.current_stream(self.device))
+        if not self.return_index:
+            there.append(None)  # in the place of the samples
         return tuple(there)
 
     def close(self):
@@ -2196,7 +2267,7 @@ class EpochLoader(contextlib.AbstractContextManager):
 
 
 # Not in the class: there it would be the default of the dataclass's argument
-EpochLoader.indices = property(EpochLoader._get_indices, EpochLoader._set_indices)
+EpochLoader.indices = property(EpochLoader._get_indices, EpochLoader.set_indices)
 
 
 # --- loader over a .beton file
@@ -2308,7 +2379,7 @@ class Epoch:
             self.fills.put(None)
 
     def take(self, batch):
-        """Waits for a batch: its pictures, uint8 ([views,] B, 3, res, res), and its labels."""
+        """Waits for a batch: pictures, uint8 ([views,] B, 3, res, res), labels, samples (B,)."""
         self.loader._check_usable()
         reader = self.loader.reader
         job = self.job
@@ -2327,7 +2398,8 @@ class Epoch:
         images = torch.from_numpy(self.filling.pop(batch))[:math.prod(shape)].view(shape)
         images = images.permute(0, 1, 4, 2, 3)
         labels = torch.from_numpy(reader.labels[samples])
-        return images if job.views > 1 else images[0], labels
+        images = images if job.views > 1 else images[0]
+        return images, labels, torch.from_numpy(samples.copy())
 
     def stop(self):
         if os.getpid() != self.loader._process or sys.is_finalizing():
@@ -2349,7 +2421,9 @@ class ESSLLoader(EpochLoader):
     sample. Bytes depend on (seed, epoch, indices) and the stage alone, not on num_workers (0: all
     cores of this process). Evaluation visits each sample once over all ranks; training leaves out
     what does not fill all ranks, and the last partial batch (drop_last=None). order="pages" is for
-    files larger than memory. On a CUDA device five batches lie in pinned memory, each in
+    files larger than memory. transform: a function of a whole batch of images, called on the
+    device, in evaluation too; its result takes their place. return_index=True adds the samples'
+    numbers, int64 (B,), to a batch. A pickled loader opens its file again. On a CUDA device five batches lie in pinned memory, each in
     the next power of two of bytes.
     Raises ValueError for an argument and DataError for the file; both say what to do.
     """
@@ -2363,6 +2437,9 @@ class ESSLLoader(EpochLoader):
         self.free_buffers = []  # for batches; those that no tensor holds
         self._epochs = set()
         super().__post_init__()
+
+    def _transform_batch(self, images):
+        return self.transform(images) if self.transform else images
 
     def _shuffle(self, rng):
         """order="pages": windows of WINDOW bytes, in random order and shuffled within, all ranks in
@@ -2607,23 +2684,28 @@ def check_shared_memory(needed, remedy):
 
 # --- loader over a folder of pictures
 def start_folder_worker(_):
-    """torchrun and Slurm signal worker processes too, but the loader ends them when it is left."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """torchrun and Slurm signal worker processes too: SIGTERM ends one only if its parent sent it,
+    as Python does at its end where an epoch was left in the middle; it would wait for ever."""
+    parent = multiprocessing.parent_process().pid
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # also in threads that start later
+
+    def wait():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
     end_with_parent()
 
 
-@dataclass(eq=False, repr=False)
 class FolderLoader(EpochLoader):
     """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
 
     Takes class folders, or a flat folder of pictures, whose labels are -1; see list_folder and
     folder_classes. What is not taken is printed once. Same order and relative boxes as ESSLLoader
     for the same seed. transform: a function of the cropped and flipped Pillow picture, in training
-    (RandAug for Table 6). order changes nothing here.
+    (RandAug for Table 6). return_index=True adds the samples' numbers. order changes nothing here.
     Raises ValueError for an argument and DataError for the folder or a picture.
     """
-
-    transform: object = None
 
     def __post_init__(self):
         not_taken = NotTaken()
@@ -2649,7 +2731,7 @@ class FolderLoader(EpochLoader):
         super().__post_init__()
 
     def __getitem__(self, position):
-        """For the DataLoader: (views, res, res, 3) uint8, label, and what is wrong or ""."""
+        """For the DataLoader: (views, res, res, 3) uint8, label, sample, what is wrong or ""."""
         from PIL import Image, ImageOps
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many; a worker's own
         sample = self.indices[position]
@@ -2665,7 +2747,10 @@ class FolderLoader(EpochLoader):
                     raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
                 picture = picture.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return crops, 0, f"{self.paths[sample]}: cannot be decoded ({error})"
+            return crops, 0, sample, (
+                f"{self.paths[sample]}: cannot be decoded ({error}). Remove it, or build a file "
+                "without it: `python build_beton.py --skip-bad --data-dir "
+                f"{shlex.quote(str(self.path))} --out FILE.beton`.")
         for view in range(self.views):
             x, y, w, h = center_box(*picture.size, self.crop_ratio)
             if self.train:
@@ -2680,9 +2765,18 @@ class FolderLoader(EpochLoader):
                 random.seed(number)
                 np.random.seed(number)
                 torch.manual_seed(number)
-                crop = self.transform(crop)
+                try:
+                    crop = np.asarray(self.transform(crop))
+                    if crop.shape != crops[view].shape or crop.dtype != np.uint8:
+                        raise ValueError(f"expected uint8 of shape {crops[view].shape} from it, "
+                                         f"found {crop.dtype} of shape {crop.shape}")
+                except Exception as error:  # the user's function can raise anything
+                    at = traceback.extract_tb(error.__traceback__)[-1]
+                    return crops, 0, sample, (f"{self.paths[sample]}: transform failed on it: "
+                                              f"{error!r}, {at.filename}, line {at.lineno}. Mend "
+                                              "transform.")
             crops[view] = crop
-        return crops, self.labels[sample], ""
+        return crops, self.labels[sample], sample, ""
 
     def _host_batches(self, positions, start):
         size = self.batch_size
@@ -2693,16 +2787,14 @@ class FolderLoader(EpochLoader):
             center_box(8, 8, self.crop_ratio)
             uniform(self.seed, 0, 0, 0)
         batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
-        for images, labels, errors in torch.utils.data.DataLoader(
+        for images, labels, samples, errors in torch.utils.data.DataLoader(
                 self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
                 pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
                 generator=torch.Generator(), worker_init_fn=start_folder_worker):
             if any(errors):
-                raise DataError(f"{max(errors)}. Remove it, or build a file without it: `python "
-                                "build_beton.py --skip-bad --data-dir "
-                                f"{shlex.quote(str(self.path))} --out FILE.beton`.")
+                raise DataError(max(errors))
             images = images.permute(1, 0, 4, 2, 3)  # (views, B, 3, res, res)
-            yield images if self.views > 1 else images[0], labels
+            yield images if self.views > 1 else images[0], labels, samples
 
 
 # --- what a run checks before it begins

@@ -47,6 +47,17 @@ def count_patches(size, patch_size):
     return size // patch_size
 
 
+def checked_grid(grid, num_patches):
+    """Rows and columns of patches; None stands for a square. WeightsError if they do not fit."""
+    if grid is None:
+        grid = (math.isqrt(num_patches), math.isqrt(num_patches))
+    h, w = grid
+    if h * w != num_patches:
+        raise WeightsError(f"{num_patches} patches are not {h} rows of {w}: give grid=(rows, "
+                           "columns), such as grid_of(imgs).")
+    return h, w
+
+
 def num_kept(num_patches, mask_ratio):
     """Visible patches: int(L * (1 - m)), safe against float error: 100 at 0.9 keep 10."""
     if not 0 <= mask_ratio < 1:
@@ -102,9 +113,25 @@ def init_weights(model):
     nn.init.normal_(model.cls_token, std=0.02)
 
 
+def warn_of_range(imgs):
+    """Warns of float pictures of 0 to 1, or 0 to 255. On a GPU it waits for them."""
+    if torch.compiler.is_compiling() or imgs.device.type == "meta" or imgs.numel() == 0:
+        return
+    low, high = imgs.detach().aminmax()
+    if low >= 0 and (high <= 1 or high > 20):  # Python shows the warning once
+        warnings.warn("float pictures of 0 to 1, or 0 to 255, are not normalised, as float "
+                      "pictures must be: give uint8, or subtract the model's mean and divide by "
+                      "its std.")
+
+
 def normalize(model, imgs):
     """uint8 (B, 3, H, W) -> float, ImageNet's mean 0 and deviation 1; float stays as it is."""
-    return imgs if imgs.is_floating_point() else (imgs.float() / 255 - model.mean) / model.std
+    if not imgs.is_floating_point():
+        return (imgs.float() / 255 - model.mean) / model.std
+    in_training_step = model.training and torch.is_grad_enabled()
+    if not in_training_step:  # which must not wait for the GPU
+        warn_of_range(imgs)
+    return imgs
 
 
 @torch.no_grad()
@@ -165,16 +192,21 @@ class MaskedAutoencoderViT(nn.Module):
     def patchify(self, imgs):
         """(B, 3, H, W) -> (B, L, P), each patch's pixels ordered (row, column, channel)."""
         p = self.patch_size
-        grid = count_patches(imgs.shape[-1], p)
-        x = imgs.reshape(len(imgs), 3, grid, p, grid, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, grid * grid, p * p * 3)
+        h, w = self.grid_of(imgs)
+        x = imgs.reshape(len(imgs), 3, h, p, w, p)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, h * w, p * p * 3)
 
-    def unpatchify(self, x):
-        """(B, L, P) -> (B, 3, H, W) of a square picture."""
+    def unpatchify(self, x, grid=None):
+        """(B, L, P) -> (B, 3, H, W). grid: rows and columns of patches; None: a square picture."""
         p = self.patch_size
-        grid = math.isqrt(x.shape[1])
-        x = x.reshape(-1, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(-1, 3, grid * p, grid * p)
+        h, w = checked_grid(grid, x.shape[1])
+        x = x.reshape(-1, h, w, p, p, 3).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, 3, h * p, w * p)
+
+    def grid_of(self, imgs):
+        """(B, 3, H, W) -> rows and columns of patches. Raises WeightsError if not whole ones."""
+        height, width = imgs.shape[-2:]
+        return count_patches(height, self.patch_size), count_patches(width, self.patch_size)
 
     def run_blocks(self, blocks, x):
         """x (B, N, D) through blocks -> (B, N, D)"""
@@ -193,7 +225,7 @@ class MaskedAutoencoderViT(nn.Module):
         ids_restore = ids_shuffle.argsort(dim=1)
         ids_keep = ids_shuffle[:, :K]
         mask = (ids_restore >= K).to(patches.dtype)
-        pos = resample_abs_pos_embed(self.pos_embed, [math.isqrt(L)] * 2)
+        pos = resample_abs_pos_embed(self.pos_embed, list(self.grid_of(imgs)))
         proj = self.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in patchify's order
         patches = torch.take_along_dim(patches, ids_keep[..., None], dim=1)  # (B, K, P)
@@ -203,9 +235,10 @@ class MaskedAutoencoderViT(nn.Module):
         x = torch.cat([cls_token.to(x.dtype), x], dim=1)  # (B, 1 + K, D)
         return self.norm(self.run_blocks(self.blocks, x)), mask, ids_restore
 
-    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0):
+    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0, grid=None):
         """latent (B, 1 + K, D), ids_restore (B, L) -> predicted patches (B, L, P).
 
+        grid: rows and columns of patches; None: a square picture.
         decoder_keep < 1 reconstructs that share of the removed patches, those of the next smallest
         noise (dual masking, VideoMAE V2, arXiv 2303.16727); the others' predictions are zeros.
         """
@@ -215,7 +248,7 @@ class MaskedAutoencoderViT(nn.Module):
         # Attention knows no order: the tokens stay shuffled, each with its own position
         ids_shuffle = ids_restore.argsort(dim=1)[:, :K + N]
         positions = torch.cat([torch.zeros_like(ids_shuffle[:, :1]), ids_shuffle + 1], dim=1)
-        pos = resample_abs_pos_embed(self.decoder_pos_embed, [math.isqrt(L)] * 2)
+        pos = resample_abs_pos_embed(self.decoder_pos_embed, list(checked_grid(grid, L)))
         x = self.decoder_embed(latent)  # (B, 1 + K, decoder D)
         mask_tokens = self.mask_token.to(x.dtype).expand(B, N, -1)
         x = torch.cat([x, mask_tokens], dim=1)  # (B, 1 + K + N, decoder D)
@@ -239,15 +272,15 @@ class MaskedAutoencoderViT(nn.Module):
     def forward(self, imgs, mask_ratio=0.75, noise=None, decoder_keep=1.0, return_latent=False):
         """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, P), mask (B, L).
 
+        Height and width may be any multiples of the patch: the position tables are resampled.
         noise (B, L) fixes the mask, 1 = removed. With decoder_keep < 1 the mask is 1 only where a
         removed patch was reconstructed. return_latent adds the latent (B, 1 + K, D), for a probe.
         """
-        if self.training and imgs.is_floating_point() and not torch.compiler.is_compiling():
-            if imgs.min() >= 0 and imgs.max() <= 1:  # Python shows the warning once
-                warnings.warn("float pictures within [0, 1] are not normalised: give uint8?")
+        if self.training and imgs.is_floating_point():
+            warn_of_range(imgs)
         imgs = self.normalize(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore, decoder_keep)
+        pred = self.forward_decoder(latent, ids_restore, decoder_keep, self.grid_of(imgs))
         K = latent.shape[1] - 1
         mask = mask * (ids_restore < K + num_decoded(mask.shape[1], K, decoder_keep))
         loss = self.forward_loss(imgs, pred, mask)
@@ -266,16 +299,28 @@ class MaskedAutoencoderViT(nn.Module):
             pred = pred.float() * (var + 1e-6) ** 0.5 + mean
         visible = patches * (1 - mask[..., None])
         rows = torch.cat([patches, visible, visible + pred * mask[..., None]])  # (3 B, L, P)
-        pixels = (self.unpatchify(rows) * self.std + self.mean).clamp(0, 1)
+        pixels = (self.unpatchify(rows, self.grid_of(imgs)) * self.std + self.mean).clamp(0, 1)
         return pixels.unflatten(0, (3, -1))
+
+    def forward_whole(self, imgs):
+        """Whole pictures (B, 3, H, W) -> the final tokens (B, 1 + L, D), in order, class first."""
+        h, w = self.grid_of(imgs)
+        in_order = torch.arange(h * w, device=imgs.device).expand(len(imgs), h * w)
+        latent, _, _ = self.forward_encoder(imgs, 0.0, in_order)
+        return latent
+
+    def tokens(self, imgs):
+        """The final patch tokens of whole pictures as a map, (B, D, h, w), for dense tasks.
+
+        Differentiable; for frozen features call it under torch.no_grad().
+        """
+        latent = self.forward_whole(imgs)
+        return latent[:, 1:].mT.unflatten(2, self.grid_of(imgs))
 
     @torch.no_grad()
     def features(self, imgs):
         """Mean of the final patch tokens of whole pictures, (B, D)."""
-        L = (imgs.shape[-1] // self.patch_size) ** 2
-        in_order = torch.arange(L, device=imgs.device).expand(len(imgs), L)
-        latent, _, _ = self.forward_encoder(imgs, 0.0, in_order)
-        return latent[:, 1:].mean(dim=1)
+        return self.forward_whole(imgs)[:, 1:].mean(dim=1)
 
 
 # --- sizes: MAE's B, L, H. S and Ti are not in MAE; nano is for CPUs: the demo and the tests

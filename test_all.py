@@ -1445,8 +1445,183 @@ def test_loader_folder_loader_has_the_same_surface(folder):
     batches = iter(theirs)
     next(batches)
     for child in multiprocessing.active_children():  # as torchrun does: the run ends its step
-        child.terminate()
+        subprocess.run(["kill", str(child.pid)], check=True)
     assert len(list(batches)) == 3 and torch.equal(torch.get_rng_state(), state)
+
+
+def raising(picture):
+    raise KeyError("no such colour")
+
+
+FOLDER_AT_EXIT = """
+import sys
+from essl_loader import FolderLoader
+batches = iter(FolderLoader(sys.argv[1], 4, res=16, num_workers=2))
+next(batches)
+print("the last line")
+if sys.argv[2] == "raises":
+    raise ValueError("mine")
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "raises"])
+def test_loader_folder_loader_lets_a_program_end(folder, how):
+    """A program that ends in the middle of an epoch, with or without an error, ends its workers."""
+    done = subprocess.run([sys.executable, "-c", FOLDER_AT_EXIT, folder / "train", how], cwd=HERE,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == int(how == "raises") and done.stdout == "the last line\n", done.stderr
+
+
+@pytest.mark.parametrize("transform, word", [
+    (raising, "KeyError.*no such colour.*test_all.py, line"),
+    (lambda picture: picture.resize((9, 9)), "shape"),
+    (lambda picture: np.asarray(picture) / 255, "uint8.*float64"),
+    (lambda picture: None, "uint8")])
+def test_loader_folder_loader_names_what_a_transform_fails_on(folder, transform, word):
+    """A transform that raises, or returns what is no picture of the size, ends the epoch with an
+    error that names the picture and the place; the pictures are not called damaged."""
+    loader = FolderLoader(folder / "val", 4, res=16, num_workers=1, transform=transform)
+    with pytest.raises(DataError, match=rf"(?s)\d.png: transform failed.*{word}") as raised:
+        list(loader)
+    assert "skip-bad" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["train", "train.beton"])
+@pytest.mark.parametrize("options", [{}, {"views": 2}, {"train": False}])
+def test_loader_return_index_tells_the_samples(folder, name, options):
+    """The numbers are those of `indices`, labels and pictures; pictures and labels do not change
+    by asking for them."""
+    settings = dict(res=16, seed=2, num_workers=1, indices=[9, 4, 9, 60, 2, 11]) | options
+    plain = open_loader(folder / name, 4, drop_last=False, **settings)
+    asked = open_loader(folder / name, 4, drop_last=False, return_index=True, **settings)
+    found = []
+    for (images, labels), (same, also, samples) in zip(plain, asked, strict=True):
+        assert torch.equal(images, same) and torch.equal(labels, also)
+        assert samples.dtype == torch.int64 and samples.shape == labels.shape
+        assert labels.tolist() == asked.labels[samples].tolist()
+        found += samples.tolist()
+    assert sorted(found) == [2, 4, 9, 9, 11, 60]
+    if options == {"train": False}:
+        assert found == [9, 4, 9, 60, 2, 11]
+
+
+def half_batch(images):
+    return images.float().flip(-1) / 2
+
+
+def test_loader_transform_takes_whole_batches(beton):
+    """Called once a batch, on uint8 images in channels_last, with all views; its result takes
+    their place, the loader's own bytes do not change; an error of it leaves no thread, and the
+    batch counts as not given out."""
+    seen = []
+
+    def transform(images):
+        seen.append((images.dtype, images.shape))
+        return half_batch(images)
+    for options in ({"views": 2}, {}, {"train": False}):
+        settings = dict(res=24, drop_last=False) | options
+        plain = list(ESSLLoader(beton, 16, **settings))
+        seen.clear()
+        found = list(ESSLLoader(beton, 16, transform=transform, **settings))
+        assert seen == [(torch.uint8, images.shape) for images, _ in plain]
+        for (images, labels), (changed, also) in zip(plain, found, strict=True):
+            assert torch.equal(labels, also) and torch.equal(changed, half_batch(images))
+    threads = threading.active_count()
+    loader = ESSLLoader(beton, 16, res=24, transform=raising)
+    with pytest.raises(KeyError, match="no such colour"):
+        list(loader)
+    assert threading.active_count() == threads and loader.state_dict()["samples"] == 0
+
+
+@pytest.mark.parametrize("name", ["train", "train.beton"])
+def test_loader_is_pickled_with_its_place(folder, tmp_path, name):
+    """In the middle of an epoch, after set_stage and set_indices: the copy gives the rest of the
+    epoch and the next one; what has changed since, or is closed, is refused."""
+    path = tmp_path / name
+    shutil.copytree(folder / name, path) if name == "train" else shutil.copy(folder / name, path)
+    loader = open_loader(path, 8, seed=3, res=16, num_workers=1, rank=1, world_size=2,
+                         return_index=True)
+    loader.set_epoch(2)
+    loader.set_indices(np.arange(63, -1, -1).repeat(2))
+    loader.set_stage(res=24, scale=(0.5, 1.0))
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    stored = pickle.dumps(loader)
+    assert len(stored) < 10_000
+
+    def rest_of(batches):
+        return [(images.numpy().tobytes(), labels.tolist(), samples.tolist())
+                for images, labels, samples in batches]
+    expected = rest_of(batches) + rest_of(loader)
+    again = pickle.loads(stored)
+    assert rest_of(again) + rest_of(again) == expected and len(expected) == 13
+    loader.set_epoch(0)
+    batches = iter(loader)
+    next(batches)
+    loader.set_indices([1, 2] * 30)  # for the next epoch: a copy cannot be of both
+    with pytest.raises(ValueError, match="set_indices"):
+        pickle.loads(pickle.dumps(loader))
+    batches.close()
+    again.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pickle.dumps(again)
+    if name == "train":
+        (path / "light/1.png").rename(path / "dark/1.png")
+    else:
+        shutil.copy(folder / "val.beton", path)
+    with pytest.raises(ValueError, match=f"{name}: (its labels|.*expected a list of samples)"):
+        pickle.loads(stored)
+
+
+def test_loader_reader_is_pickled_by_its_path(folder, tmp_path):
+    """The copy reads the file anew, with its names and classes; another file there is refused."""
+    for ending in ("beton", "beton.json", "beton.names"):
+        shutil.copy(folder / f"train.{ending}", tmp_path / f"x.{ending}")
+    reader = BetonReader(tmp_path / "x.beton")
+    stored = pickle.dumps(reader)
+    again = pickle.loads(stored)
+    reader.close()
+    assert len(stored) < 2_000 and again.names[5] == reader.names[5]
+    assert again.classes == reader.classes and again.image(3).shape[2] == 3
+    for ending in ("beton", "beton.json", "beton.names"):
+        shutil.copy(folder / f"val.{ending}", tmp_path / f"x.{ending}")
+    with pytest.raises(DataError, match="x.beton.*Open it anew"):
+        pickle.loads(stored)
+
+
+SPAWN = """
+import hashlib, sys
+import torch
+from essl_loader import ESSLLoader
+
+def digest(loader):
+    whole = hashlib.sha1()
+    for images, labels in loader:
+        whole.update(images.numpy().tobytes())
+    return whole.hexdigest()
+
+def work(rank, loaders, reader, out):
+    reader.image(0)
+    with open(f"{out}/{rank}", "w") as file:
+        file.write(digest(loaders[rank]))
+
+if __name__ == "__main__":
+    path, out = sys.argv[1:]
+    loaders = [ESSLLoader(path, 8, res=24, rank=rank, world_size=2) for rank in range(2)]
+    torch.multiprocessing.spawn(work, (loaders, loaders[0].reader, out), nprocs=2)
+    for rank in range(2):
+        assert open(f"{out}/{rank}").read() == digest(loaders[rank])
+"""
+
+
+def test_loader_works_in_spawned_processes(folder, tmp_path):
+    """torch.multiprocessing.spawn: each process gets its loader and gives the parent's bytes."""
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    done = subprocess.run([sys.executable, tmp_path / "spawn.py", folder / "train.beton", tmp_path],
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_loader_folder_loader_refuses_what_the_builder_refuses(tmp_path):
@@ -1469,11 +1644,12 @@ def test_loader_indices_are_checked_when_set(beton):
     loader.indices = np.arange(30, 39)
     assert len(loader) == 3 and torch.cat([y for _, y in loader]).tolist() == list(range(30, 39))
     for wrong in (np.ones(40, bool), [True, False], [0.0, 1.0], [40], [-1], [], [[1, 2]], 3,
-                  [2 ** 63], ["1"]):
+                  [2 ** 63], ["1"], None, {1, 2}, torch.ones(40, dtype=torch.bool)):
         with pytest.raises(ValueError, match="indices of .*0 to 39.*flatnonzero"):
-            loader.indices = wrong
-        with pytest.raises(ValueError, match="indices of"):
-            ESSLLoader(beton, 4, indices=wrong)
+            loader.set_indices(wrong)
+        if wrong is not None:
+            with pytest.raises(ValueError, match="indices of"):
+                ESSLLoader(beton, 4, indices=wrong)
     with pytest.raises(ValueError):
         loader.indices[0] = 99
     assert loader.num_samples == 9
@@ -1481,6 +1657,68 @@ def test_loader_indices_are_checked_when_set(beton):
     train.indices = [5]
     with pytest.raises(DataError, match="do not fill one batch"):
         list(train)
+
+
+@pytest.mark.parametrize("name", ["train", "train.beton"])
+def test_loader_set_indices_for_the_next_epoch(folder, name):
+    """Samples that stand there several times come as often, with a crop each; set in the middle
+    of an epoch they count from the next one; a state in the middle of an epoch belongs to the
+    indices of that epoch, and is refused with others of the same number, and in their order."""
+    def loader(indices=None):
+        return open_loader(folder / name, 4, res=16, seed=3, num_workers=1, indices=indices)
+    balanced = [5] * 6 + [7, 8] * 3
+    changing = loader(range(8))
+    batches = iter(changing)
+    first = [next(batches)[1]]
+    state_before = changing.state_dict()
+    changing.set_indices(balanced)
+    assert changing.state_dict() == state_before
+    first += [labels for _, labels in batches]
+    assert sorted(torch.cat(first).tolist()) == sorted(changing.labels[:8].tolist())
+    images, labels = (torch.cat(parts) for parts in zip(*changing))
+    assert sorted(labels.tolist()) == sorted(changing.labels[balanced].tolist())
+    assert len(images.flatten(1).unique(dim=0)) == 12
+
+    one = loader(balanced)
+    batches = iter(one)
+    next(batches)
+    state = json.loads(json.dumps(one.state_dict()))
+    rest = [(images.numpy().tobytes(), labels.tolist()) for images, labels in batches]
+    for other in (None, range(12), balanced[::-1], balanced[:-1]):
+        with pytest.raises(ValueError, match=f"{name}.*set_indices"):
+            loader(other).load_state_dict(state)
+    other = loader()
+    other.set_indices(torch.tensor(balanced))
+    other.load_state_dict(state)
+    assert epochs_of(other, 1) == rest
+    del state["indices"]  # a state of earlier versions
+    other.load_state_dict(state)
+    assert epochs_of(other, 1) == rest
+
+
+@pytest.mark.parametrize("name", ["val", "val.beton"])
+@pytest.mark.parametrize("launch", ["torchrun", "a group", "alone"])
+def test_loader_warns_of_ranks_that_it_does_not_know(folder, monkeypatch, name, launch):
+    """In one of several processes a loader that was not told its rank warns once, when it is
+    iterated, with the remedy; one that was told does not, nor does any in a process of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2" if launch == "torchrun" else "")
+    if launch == "a group":  # as torch.multiprocessing.spawn starts it, without the variable
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    found = []
+    for shard in ({}, {"world_size": 1}, {"rank": 1, "world_size": 2}):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with open_loader(folder / name, 4, res=8, num_workers=1, **shard) as loader:
+                assert loader.num_samples == 13 and not caught  # its tables may be read by all
+                for _ in range(2):
+                    next(iter(loader))
+        found.append([str(warning.message) for warning in caught
+                      if "world_size" in str(warning.message)])
+    assert [len(messages) for messages in found] == [int(launch != "alone"), 0, 0]
+    for message in found[0]:
+        assert name in message and "2 processes" in message and "Give the loader rank" in message
 
 
 def test_loader_says_what_is_wrong_with_labels(tmp_path):
@@ -1827,22 +2065,105 @@ def test_models_forward_and_gradients_equal_a_plain_reference(norm_pix_loss, kee
 
 
 def test_models_inputs():
-    """uint8 is normalised as by torchvision; float in [0, 1] is warned of."""
+    """uint8 is normalised as by torchvision."""
     model = models_mae.mae_vit_nano_patch8(img_size=32)
     noise = torch.rand(2, 16)
     imgs = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     floats = (imgs / 255 - mean) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(model(imgs, noise=noise)[0], model(floats, noise=noise)[0])
-    with pytest.warns(UserWarning, match="normalise"):
-        model(imgs / 255)
-    with pytest.raises(RuntimeError, match="shape"):  # not square
-        model(imgs[..., :16])
     half = floats.half().repeat(3000, 1, 1, 1)  # float16 ends at 65,504
     pred = torch.zeros(6000, 16, 192)
     loss, expected = (model.forward_loss(kind(half), pred, kind(torch.ones(6000, 16)))
                       for kind in (torch.Tensor.half, torch.Tensor.float))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("height, width", [(32, 48), (64, 16), (24, 8), (16, 64), (32, 32)])
+def test_models_rectangles_equal_plain_references(height, width):
+    """tokens are those of timm's ViT, and features their mean; loss, prediction and gradients are
+    the reference's with timm's tables of that size; 16 x 64 has as many patches as the table."""
+    from timm.layers import resample_abs_pos_embed
+    torch.manual_seed(0)
+    model = models_mae.MaskedAutoencoderViT(32, 8, 24, 2, 3, 16, 2, 2).double()
+    grid = (height // 8, width // 8)
+    imgs = torch.randn(3, 3, height, width, dtype=torch.float64)
+    vit = ViT(dict(patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0), 32, 0, "mean")
+    load_into(vit.double(), model.state_dict(), "x")
+    expected = vit.forward_features(imgs)[:, 1:]  # (B, L, D)
+    tokens = model.tokens(imgs)
+    assert tokens.shape == (3, 24, *grid)
+    for row, column in itertools.product(*map(range, grid)):
+        ours, theirs = tokens[:, :, row, column], expected[:, row * grid[1] + column]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # timm's table: float32
+    torch.testing.assert_close(model.features(imgs), expected.mean(1), rtol=0, atol=1e-6)
+    tokens.sum().backward()
+    assert model.cls_token.grad.abs().sum() > 0
+    patches = F.unfold(imgs, 8, stride=8).mT.unflatten(2, (3, -1)).mT.flatten(2)
+    assert torch.equal(model.patchify(imgs), patches)
+    assert torch.equal(model.unpatchify(patches, grid), imgs)
+
+    plain = copy.deepcopy(model)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = resample_abs_pos_embed(getattr(model, name), list(grid), [4, 4])
+        setattr(plain, name, torch.nn.Parameter(table, requires_grad=False))
+    noise = torch.rand(3, grid[0] * grid[1])
+    model.zero_grad()
+    loss, pred, mask = model(imgs, 0.5, noise)
+    loss.backward()
+    rows = [reference_mae(plain, *pair, 0.5, 1.0) for pair in zip(imgs, noise)]
+    losses, preds, masks = (torch.stack(parts) for parts in zip(*rows))
+    plain.zero_grad()
+    losses.mean().backward()
+    ours, theirs = ([p.grad for p in m.parameters() if p.requires_grad] for m in (model, plain))
+    torch.testing.assert_close([loss, pred, mask, *ours], [losses.mean(), preds, masks, *theirs],
+                               rtol=1e-5, atol=1e-9)
+    parts = model.reconstruct(imgs, 0.5, noise)
+    shown = (imgs * model.std + model.mean).clamp(0, 1)
+    torch.testing.assert_close(parts[0], shown)
+
+
+def test_models_say_what_is_no_whole_grid():
+    """A side that is no multiple of the patch, in either direction; patches of a rectangle without
+    its grid; a grid of another number of patches."""
+    model = models_mae.mae_vit_nano_patch8(img_size=32)
+    for shape in ((2, 3, 32, 36), (2, 3, 36, 32), (2, 3, 32, 4)):
+        for way in (model, model.patchify, model.features, model.tokens):
+            with pytest.raises(WeightsError, match="multiple of 8"):
+                way(torch.zeros(shape, dtype=torch.uint8))
+    imgs = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.5)
+    patches = model.patchify(imgs)
+    for wrong in (lambda: model.unpatchify(patches), lambda: model.unpatchify(patches, (4, 5)),
+                  lambda: model.forward_decoder(latent, ids_restore)):
+        with pytest.raises(WeightsError, match="24 patches.*grid_of"):
+            wrong()
+    assert model.forward_decoder(latent, ids_restore, grid=(4, 6)).shape == (2, 24, 192)
+
+
+def test_models_warn_of_float_pictures_that_are_not_normalised(folder, mae):
+    """Floats of 0 to 1 and of 0 to 255, in training and evaluation, in each way into a model; not
+    of uint8 or normalised pictures, and in a training step of the ViT nothing is looked at."""
+    vit = ViT(size_of("vit_nano_patch8"), 32, 3)
+    loaded = load_mae(folder / "mae.pt")
+    imgs = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    normalised = (imgs / 255 - loaded.mean) / loaded.std
+    training = copy.deepcopy(loaded).train()
+    ways = (loaded, training, loaded.features, training.features, loaded.reconstruct,
+            lambda x: loaded.forward_encoder(x, 0.75), vit.eval())
+    for way in ways:
+        for floats in (imgs / 255, imgs.float(), (imgs / 255).half().float()):
+            with pytest.warns(UserWarning, match="uint8"):
+                way(floats)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            way(imgs)
+            way(normalised)
+            way(normalised[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.train()(imgs / 255)
+        assert loaded.features(normalised[:0]).shape == (0, 128)
 
 
 def test_models_position_table_is_the_published_formula():
