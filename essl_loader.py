@@ -2423,8 +2423,8 @@ class ESSLLoader(EpochLoader):
     what does not fill all ranks, and the last partial batch (drop_last=None). order="pages" is for
     files larger than memory. transform: a function of a whole batch of images, called on the
     device, in evaluation too; its result takes their place. return_index=True adds the samples'
-    numbers, int64 (B,), to a batch. A pickled loader opens its file again. On a CUDA device five batches lie in pinned memory, each in
-    the next power of two of bytes.
+    numbers, int64 (B,), to a batch. A pickled loader opens its file again. On a CUDA device five
+    batches lie in pinned memory, each in the next power of two of bytes.
     Raises ValueError for an argument and DataError for the file; both say what to do.
     """
 
