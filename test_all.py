@@ -727,7 +727,7 @@ def test_build_replaces_only_its_own_files(folder, tmp_path):
     for name in ("x.beton", "x.beton.json", "x.beton.names"):
         (tmp_path / name).write_bytes(mine)
         errors = built(*words, code=2)
-        assert f"{name} exists" in errors and "--out" in errors
+        assert f"{name} is a file" in errors and "--out" in errors
         assert (tmp_path / name).read_bytes() == mine and len(os.listdir(tmp_path)) == 2
         (tmp_path / name).unlink()
     built(*words)
