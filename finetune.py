@@ -405,12 +405,12 @@ def main(args):
     saved_at = time.monotonic()
     stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
-        index, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
-                                                FINETUNE_STAGES, size, vit["patch_size"])
-        print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels")
+        index, stage = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
+                                FINETUNE_STAGES, size, vit["patch_size"])
+        print0(f"epoch {epoch + 1}, stage {index + 1}: {stage.res} pixels")
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
-        loader.set_stage(res=res, scale=(low ** 2, high ** 2))
+        loader.set_stage(res=stage.res, scale=(stage.sigma_min ** 2, stage.sigma_max ** 2))
         batches = iter(loader)
         loss_sum = torch.zeros(2, device=device)  # of this epoch; and how many were finite
         t0 = time.monotonic()
@@ -433,7 +433,7 @@ def main(args):
                 images, targets = next(batches)
                 if args.aug == "3aug":
                     images = three_augment(images)
-                    images = color_jitter(images) if aug == "3aug+" else images
+                    images = color_jitter(images) if stage.aug == "3aug+" else images
                 images = erase(model.normalize(images))
                 if mixing:
                     images, targets = mixup(images, targets)  # targets become (B, classes)
@@ -468,7 +468,7 @@ def main(args):
                                 "Lower --blr and start over with --resume none.")
             img_s = (step - timed_from) * args.total_batch / (time.monotonic() - t0)
             result = evaluate(model, val, autocast)
-            values = dict(epoch=epoch + 1, stage=index + 1, res=res, loss=mean_loss, lr=lr,
+            values = dict(epoch=epoch + 1, stage=index + 1, res=stage.res, loss=mean_loss, lr=lr,
                           img_s=img_s, skipped_steps=skipped, **result)
             print0("  ".join(f"{k} {v:.4g}" for k, v in values.items()))
             log(board, step, **values)

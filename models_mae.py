@@ -33,10 +33,25 @@ class WeightsError(ValueError):
     """A checkpoint, a size or a mask ratio that does not fit, and what to do."""
 
 
-# --- masking: replace this one function to try another mask; training and pictures use it
-def masking_noise(shape, generator=None, device=None):
-    """shape (..., L) -> random numbers, patches row by row: the smallest K stay visible."""
+# --- what is masked and what is predicted: replace these two functions to try something else
+def masking_noise(shape, generator=None, device=None, progress=0.0):
+    """shape (..., L) -> random numbers, patches row by row: the smallest K stay visible.
+
+    progress: how much of the run is done, 0 to 1. Training and pictures call it with the same.
+    """
     return torch.rand(shape, generator=generator, device=device)
+
+
+def targets(model, imgs, progress):
+    """Normalised float (B, 3, H, W) -> what is predicted of each patch, (B, L, T).
+
+    T is free: the decoder's last layer follows it. The loss normalises each patch's T numbers,
+    unless with --no-norm-pix-loss. progress: a tensor (), 0 to 1, how much of the run is done.
+    """
+    return model.patchify(imgs)
+
+
+TARGETS_ARE_PIXELS = True  # False where targets() gives features, of which no pictures are made
 
 
 # --- counting
@@ -60,7 +75,8 @@ def num_decoded(num_patches, kept, decoder_keep):
 
 
 def flops_per_image(resolution, mask_ratio, decoder_keep=1.0, patch_size=16, embed_dim=768,
-                    depth=12, decoder_embed_dim=512, decoder_depth=8, mlp_ratio=4.0, **_):
+                    depth=12, decoder_embed_dim=512, decoder_depth=8, mlp_ratio=4.0,
+                    target_dim=None, **_):
     """FLOPs to train on one masked picture with a model's `settings`; a multiply-add is 2.
 
     Backward is twice forward, once for the patch embedding; recomputing is not counted.
@@ -75,7 +91,7 @@ def flops_per_image(resolution, mask_ratio, decoder_keep=1.0, patch_size=16, emb
     forward = blocks(1 + kept, embed_dim, depth)
     forward += (1 + kept) * embed_dim * decoder_embed_dim
     forward += blocks(1 + kept + decoded, decoder_embed_dim, decoder_depth)
-    forward += (kept + decoded) * decoder_embed_dim * pixels
+    forward += (kept + decoded) * decoder_embed_dim * (target_dim or pixels)
     return 2 * (3 * forward + 2 * kept * pixels * embed_dim)
 
 
@@ -89,10 +105,14 @@ def sincos_table(dim, grid):
 
 
 # --- common to both models
-def init_weights(model):
-    """MAE's initial weights; ImageNet's mean and deviation as buffers that no checkpoint holds."""
+def set_normalization(model):
+    """ImageNet's mean and deviation as buffers that no checkpoint holds."""
     for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
         model.register_buffer(name, torch.tensor(rgb).view(1, 3, 1, 1), persistent=False)
+
+
+def init_weights(model):
+    """MAE's initial weights."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -131,14 +151,24 @@ class MaskedAutoencoderViT(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0,
-                 norm_pix_loss=True):
+                 norm_pix_loss=True, target_dim=None):
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.settings = settings  # shapes do not tell the head counts
         self.patch_size = patch_size
         self.norm_pix_loss = norm_pix_loss
         self.recompute = False
+        self.active_decoder_blocks = decoder_depth  # a stage may use the first ones alone
         grid = count_patches(img_size, patch_size)
+        # How much of a run is done: pretrain.py sets it. A tensor, so that nothing is recompiled
+        self.register_buffer("progress", torch.zeros(()), persistent=False)
+        set_normalization(self)
+        if target_dim is None:
+            blank = torch.zeros(1, 3, img_size, img_size)
+            target_dim = targets(self, blank, self.progress).shape[2]
+        num_pixels = patch_size ** 2 * 3
+        settings["target_dim"] = target_dim
+        self.predicts_pixels = TARGETS_ARE_PIXELS and target_dim == num_pixels
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
         def make_blocks(width, heads, depth):
@@ -157,7 +187,7 @@ class MaskedAutoencoderViT(nn.Module):
                                               requires_grad=False)
         self.decoder_blocks = make_blocks(decoder_embed_dim, decoder_num_heads, decoder_depth)
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * 3)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, target_dim)
 
         init_weights(self)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -175,6 +205,13 @@ class MaskedAutoencoderViT(nn.Module):
         grid = math.isqrt(x.shape[1])
         x = x.reshape(-1, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, 3, grid * p, grid * p)
+
+    def flops_per_image(self, resolution, mask_ratio, decoder_keep=1.0, **changed):
+        """FLOPs to train on one masked picture. A model that computes something else has its own.
+
+        changed: what differs from the settings, such as a stage's decoder_depth.
+        """
+        return flops_per_image(resolution, mask_ratio, decoder_keep, **(self.settings | changed))
 
     def run_blocks(self, blocks, x):
         """x (B, N, D) through blocks -> (B, N, D)"""
@@ -204,7 +241,7 @@ class MaskedAutoencoderViT(nn.Module):
         return self.norm(self.run_blocks(self.blocks, x)), mask, ids_restore
 
     def forward_decoder(self, latent, ids_restore, decoder_keep=1.0):
-        """latent (B, 1 + K, D), ids_restore (B, L) -> predicted patches (B, L, P).
+        """latent (B, 1 + K, D), ids_restore (B, L) -> predicted targets (B, L, T).
 
         decoder_keep < 1 reconstructs that share of the removed patches, those of the next smallest
         noise (dual masking, VideoMAE V2, arXiv 2303.16727); the others' predictions are zeros.
@@ -220,24 +257,31 @@ class MaskedAutoencoderViT(nn.Module):
         mask_tokens = self.mask_token.to(x.dtype).expand(B, N, -1)
         x = torch.cat([x, mask_tokens], dim=1)  # (B, 1 + K + N, decoder D)
         x = x + torch.take_along_dim(pos, positions[..., None], dim=1)
-        x = self.run_blocks(self.decoder_blocks, x)
-        pred = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, K + N, P)
+        x = self.run_blocks(self.decoder_blocks[:self.active_decoder_blocks], x)
+        pred = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, K + N, T)
         index = ids_shuffle[..., None].expand(-1, -1, pred.shape[2])
         return pred.new_zeros(B, L, pred.shape[2]).scatter(1, index, pred)
 
+    def normalized_targets(self, imgs):
+        """What targets() gives in float32, (B, L, T), normalised; each patch's mean, deviation."""
+        imgs = self.normalize(imgs)
+        imgs = imgs.to(torch.promote_types(imgs.dtype, torch.float32))
+        target = targets(self, imgs, self.progress)  # (B, L, T)
+        if not self.norm_pix_loss:
+            return target, 0.0, 1.0
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # (B, L, 1)
+        std = (var + 1e-6) ** 0.5
+        return (target - mean) / std, mean, std
+
     def forward_loss(self, imgs, pred, mask):
         """Mean square error over the patches with mask 1, in float32; a mask of zeros means all."""
-        imgs = self.normalize(imgs)
-        target = self.patchify(imgs.to(torch.promote_types(imgs.dtype, torch.float32)))  # (B, L, P)
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6) ** 0.5
+        target, _, _ = self.normalized_targets(imgs)
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (B, L)
         mask = torch.where(mask.any(), mask, torch.ones_like(mask)).to(loss.dtype)
         return (loss * mask).sum() / mask.sum()
 
     def forward(self, imgs, mask_ratio=0.75, noise=None, decoder_keep=1.0, return_latent=False):
-        """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, P), mask (B, L).
+        """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, T), mask (B, L).
 
         noise (B, L) fixes the mask, 1 = removed. With decoder_keep < 1 the mask is 1 only where a
         removed patch was reconstructed. return_latent adds the latent (B, 1 + K, D), for a probe.
@@ -257,13 +301,15 @@ class MaskedAutoencoderViT(nn.Module):
     def reconstruct(self, imgs, mask_ratio=0.75, noise=None):
         """(B, 3, H, W) -> (3, B, 3, H, W) in [0, 1]: original, what is seen, reconstruction.
 
-        A patch that was normalised for the loss gets back its own mean and deviation.
+        A patch that was normalised for the loss gets back its own mean and deviation. WeightsError
+        where the targets are no pixels.
         """
+        if not self.predicts_pixels:
+            raise WeightsError("this model predicts no pixels: there is nothing to show of it.")
         _, pred, mask = self(imgs, mask_ratio, noise)
         patches = self.patchify(self.normalize(imgs))
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            pred = pred.float() * (var + 1e-6) ** 0.5 + mean
+        _, mean, std = self.normalized_targets(imgs)
+        pred = pred.float() * std + mean
         visible = patches * (1 - mask[..., None])
         rows = torch.cat([patches, visible, visible + pred * mask[..., None]])  # (3 B, L, P)
         pixels = (self.unpatchify(rows) * self.std + self.mean).clamp(0, 1)
@@ -316,6 +362,7 @@ class ViT(VisionTransformer):
                          drop_path_rate=drop_path, norm_layer=partial(nn.LayerNorm, eps=1e-6),
                          **settings)
         self.settings = settings | {"img_size": img_size}
+        set_normalization(self)
         init_weights(self)
         grid = count_patches(img_size, settings["patch_size"])
         self.pos_embed.data.copy_(sincos_table(settings["embed_dim"], grid))
@@ -665,6 +712,7 @@ def load_mae(path, **settings):
                                      name.endswith("norm1.weight") for name in weights)
         if "decoder_num_heads" not in found:
             found["decoder_num_heads"] = decoder_heads(found, path)
+    found["target_dim"] = len(weights["decoder_pred.bias"])
     model = MaskedAutoencoderViT(**found)
     load_into(model, weights, path)
     return model.eval()

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -35,7 +36,8 @@ from tqdm import tqdm
 
 import models_mae
 from essl_loader import DataError, check_batches, check_classes, labels_fault, open_loader
-from schedules import PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, lr_at, stage_at
+from schedules import (PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, Stage, lr_at,
+                       stage_at)
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
@@ -81,7 +83,7 @@ def get_args(argv):
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
-    add("--viz-every", type=int, default=20, help="epochs between reconstruction pictures")
+    add("--viz-every", type=int, default=20, help="epochs between reconstructions; 0: never")
     add("--max-steps", type=int, default=0, help="save and stop after this step; 0: never")
     add("--benchmark", type=int, default=0, metavar="N", help="only time N steps of each stage")
     add("--init", help="start from weights: ours, official MAE's, timm's, Hugging Face's")
@@ -92,15 +94,23 @@ def get_args(argv):
     args = p.parse_args(words)
     args.stages = args.stages or list(PRETRAIN_SHARES.get(args.scheme, PRETRAIN_STAGES))
     try:
-        stage_at(PRETRAIN_SCHEMES[args.scheme], 0, args.epochs, args.stages)
+        stage_at(scheme_of(args), 0, args.epochs, args.stages)
     except ValueError as e:
         p.error(f"--stages: {e}")
-    if min(args.epochs, args.repeat, args.viz_every) < 1 or not 0 < args.decoder_keep <= 1:
+    if min(args.epochs, args.repeat) < 1 or not 0 < args.decoder_keep <= 1:
         p.error("counts start at 1; --decoder-keep goes from above 0 to 1.")
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
         print0(f"--warmup-epochs is shortened to {args.warmup_epochs:g}, a quarter of --epochs.")
     return args
+
+
+def scheme_of(args):
+    """The Stages of --scheme, with --mask-ratio if it is given."""
+    scheme = [Stage(*row) for row in PRETRAIN_SCHEMES[args.scheme]]
+    if args.mask_ratio is not None:
+        scheme = [stage._replace(mask_ratio=args.mask_ratio) for stage in scheme]
+    return scheme
 
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
@@ -236,7 +246,12 @@ def log(board, step, **values):  # board is None on all ranks but 0
 
 
 class ModelWithProbe(nn.Module):
-    """Model and online probe (BatchNorm, linear) in one forward, for DDP and torch.compile."""
+    """Model and online probe (BatchNorm, linear) in one forward, for DDP and torch.compile.
+
+    All parameters of this module that take gradients are trained, those of modules that are added
+    to it too. What has the attribute `persistent = False`, such as a frozen teacher, is in no
+    checkpoint, and no checkpoint changes it.
+    """
 
     def __init__(self, model, classes, probe, decoder_keep):
         super().__init__()
@@ -248,19 +263,79 @@ class ModelWithProbe(nn.Module):
             nn.BatchNorm1d(width, track_running_stats=False), nn.Linear(width, classes))
 
     def forward(self, images, labels, mask_ratio, noise):
-        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> loss to minimise, MAE loss"""
+        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> {name: scalar}.
+
+        The sum of "loss" and "probe_loss", if there is one, is minimised. The means of all scalars
+        reach the log, TensorBoard and the bar under their names.
+        """
         repeat = len(noise) // len(images)  # R: neighbours are masks of the same picture
         images = images.repeat_interleave(repeat, dim=0)
         labels = labels.repeat_interleave(repeat, dim=0)
         loss, _, _, latent = self.model(images, mask_ratio, noise, self.decoder_keep,
                                         return_latent=True)
+        return {"loss": loss, **self.probe_loss(images, labels, latent)}
+
+    def probe_loss(self, images, labels, latent):
+        """The online probe's loss, whose gradient reaches the head alone; {} without a probe."""
         if self.probe == "off":
-            return loss, loss.detach()
+            return {}
         features = latent[:, 1:].mean(dim=1).detach()  # (B, D)
         if self.probe == "full":
             features = self.model.features(images)  # without gradients
-        probe_loss = nn.functional.cross_entropy(self.head(features.float()), labels)
-        return loss + probe_loss, loss.detach()
+        return {"probe_loss": nn.functional.cross_entropy(self.head(features.float()), labels)}
+
+    def after_step(self, step):
+        """Called when a step is done, the first one as 1: for an EMA teacher."""
+
+    def state_dict(self, **options):
+        state = super().state_dict(**options)
+        for prefix in self.not_saved():
+            state = {name: v for name, v in state.items() if not name.startswith(prefix)}
+        return state
+
+    def load_state_dict(self, state):
+        prefixes = self.not_saved()
+        own = {k: v for k, v in super().state_dict().items() if k.startswith(prefixes)}
+        return super().load_state_dict(state | own)
+
+    def not_saved(self):
+        """The prefixes of the names of what has `persistent = False`."""
+        return tuple(name + "." for name, part in self.named_modules()
+                     if not getattr(part, "persistent", True))
+
+
+def total_loss(scalars):
+    """What a step minimises."""
+    return scalars["loss"] + scalars.get("probe_loss", 0)
+
+
+def parameter_groups(module, weight_decay):
+    """All of the module's parameters that take gradients; the probe's head is the last group."""
+    head = list(module.head.parameters())
+    groups = param_groups_weight_decay(module, weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if all(p is not other for other in head)]
+    groups.append({"params": head, "weight_decay": 0.0})  # constant rate
+    return groups
+
+
+def check_groups(module, optimizer):
+    """Ends the run where a parameter gets a gradient and is in no group: it would not change."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name, p in module.named_parameters()
+            if p.grad is not None and id(p) not in trained]
+    if lost:
+        raise models_mae.WeightsError(
+            f"{', '.join(lost)}: not trained, for the optimizer was made before they took "
+            "gradients. Make them, and set requires_grad, in the module's __init__.")
+
+
+def draw_noise(shape, model, res, seed, progress, device):
+    """The one call of masking_noise for training and pictures: (*shape, L) of a seed alone."""
+    rng = torch.Generator(device).manual_seed(seed)
+    L = (res // model.patch_size) ** 2
+    model.progress.fill_(progress)  # for targets()
+    return models_mae.masking_noise((*shape, L), rng, device, progress=progress)
 
 
 @torch.no_grad()
@@ -278,11 +353,11 @@ def probe_accuracy(module, loader, autocast):
 
 
 @torch.no_grad()
-def save_reconstructions(model, loader, mask_ratio, board, epoch, step):
+def save_reconstructions(model, loader, mask_ratio, progress, board, epoch, step):
     """recon_*.png: original, what the encoder saw, reconstruction; four pictures a row."""
     images = next(iter(loader))[0][:12]
-    rng = torch.Generator(loader.device).manual_seed(0)  # the same masks each time
-    noise = models_mae.masking_noise(model.patchify(images).shape[:2], rng, loader.device)  # (B, L)
+    # The same seed each time: the same masks, if masking_noise does not change with progress
+    noise = draw_noise((len(images),), model, images.shape[-1], 0, progress, loader.device)
     parts = model.reconstruct(images, mask_ratio, noise)  # (3, B, 3, H, W)
     grid = make_grid(parts.transpose(0, 1).flatten(0, 1), nrow=12)
     save_image(grid, Path(board.log_dir, f"recon_{epoch:04d}.png"))
@@ -343,7 +418,8 @@ class Window:
 
     def __init__(self, device, compiles=False):
         self.steps = 0
-        self.losses = torch.zeros(2, device=device)  # sum of the finite ones, how many they are
+        self.device = device
+        self.sums = {}  # of each scalar: sum of the finite ones, how many they are
         self.start_clock()
         self.compiles = compiles  # in its first step
 
@@ -354,16 +430,25 @@ class Window:
         self.t0 = time.monotonic()
         self.compiles = False
 
-    def mean_loss(self, scaler, enough):
-        """Of the finite ones. DataError if over `enough` steps had none, or were all skipped."""
+    def add(self, scalars):
+        """Adds a micro-batch's {name: scalar}, without waiting for the GPU."""
+        for name, value in scalars.items():
+            value = value.detach()
+            sums = self.sums.setdefault(name, torch.zeros(2, device=self.device))
+            sums += torch.stack([value.nan_to_num(0, 0, 0), value.isfinite()])
+
+    def means(self, scaler, enough):
+        """{name: mean} of the finite ones. DataError if over `enough` steps had no finite loss, or
+        were all skipped."""
+        sums = torch.stack(list(self.sums.values()))  # (names, 2)
         if dist.is_initialized():
-            dist.all_reduce(self.losses)
-        mean = self.losses[0] / self.losses[1]
+            dist.all_reduce(sums)
+        means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
         all_skipped = scaler.get_scale() <= 0.5 ** self.steps  # each skipped step halved it
-        if self.steps > enough and (all_skipped or not mean.isfinite()):
+        if self.steps > enough and (all_skipped or not math.isfinite(means["loss"])):
             raise DataError("Loss or gradients are not finite. Lower --blr, --resume none anew.")
         scaler.update(1.0)  # counts the skips of the next window
-        return mean.item()
+        return means
 
     def rates(self, gpu_batch, world, flops):
         """Images/s, share of waiting; of a GPU TFLOP/s, MFU if its peak is known, GiB reserved."""
@@ -378,17 +463,35 @@ class Window:
         return row
 
 
+def complete_stages(scheme, model, optimizer):
+    """Stages with tuples for their crops' scale and numbers for their decoder's blocks."""
+    available = len(model.decoder_blocks)
+    complete = []
+    for number, stage in enumerate(scheme, start=1):
+        depth = stage.decoder_depth or available
+        if depth > available:
+            raise models_mae.WeightsError(
+                f"stage {number} takes {depth} decoder blocks, but the model has {available}: give "
+                f"--decoder-depth {depth} or more.")
+        if depth < available and optimizer == "muon":
+            raise models_mae.WeightsError(
+                f"stage {number} takes {depth} of {available} decoder blocks, but Muon steps them "
+                "together: take --optimizer adamw, or one depth by --decoder-depth.")
+        complete.append(stage._replace(scale=tuple(stage.scale), decoder_depth=depth))
+    return complete
+
+
 def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, flops):
     """Times N steps of --batch-size in each stage: on random pictures, then with the loader."""
-    for (res, mask_ratio), source in itertools.product(flops, ("random", "loader")):
-        loader.set_stage(res=res)
+    for stage, source in itertools.product(flops, ("random", "loader")):
+        loader.set_stage(res=stage.res, scale=stage.scale)
+        module.model.active_decoder_blocks = stage.decoder_depth
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
         images, labels = next(batches)
         if source == "random":
             batches = itertools.repeat((torch.randint_like(images, 256), labels))
-        L = (res // module.model.patch_size) ** 2
-        noise = models_mae.masking_noise((args.batch_size, L), device=loader.device)
-        row = dict(source=source, res=res, mask_ratio=mask_ratio, batch_size=args.batch_size)
+        noise = draw_noise((args.batch_size,), module.model, stage.res, 0, 0.0, loader.device)
+        row = dict(source=source, **stage._asdict(), batch_size=args.batch_size)
         for step in range(-2, args.benchmark):  # the first two do not count
             if step <= 0:
                 scaler.get_scale()  # waits for the GPU
@@ -397,14 +500,14 @@ def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, f
             images, labels = next(batches)
             window.data_time += time.monotonic() - t_data
             with autocast:
-                loss, _ = compute_loss(images, labels, mask_ratio, noise)
+                loss = total_loss(compute_loss(images, labels, stage.mask_ratio, noise))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             window.steps += 1
         scaler.get_scale()
-        rates = window.rates(args.batch_size, loader.world_size, flops[res, mask_ratio])
+        rates = window.rates(args.batch_size, loader.world_size, flops[stage])
         print0(json.dumps(row | rates))
 
 
@@ -458,22 +561,23 @@ def main(args):
     sizes |= dict(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss)
     model = getattr(models_mae, args.model)(**sizes)
     model.recompute = args.recompute
-    scheme = [(res, mask_ratio if args.mask_ratio is None else args.mask_ratio)
-              for res, mask_ratio in PRETRAIN_SCHEMES[args.scheme]]
+    scheme = complete_stages(scheme_of(args), model, args.optimizer)
     stages = [stage_at(scheme, epoch, args.epochs, args.stages, args.input_size, model.patch_size)
               for epoch in range(args.epochs)]
-    costs = [models_mae.flops_per_image(*stage, args.decoder_keep, **model.settings)
-             for _, stage in stages]
+    costs = [model.flops_per_image(stage.res, stage.mask_ratio, args.decoder_keep,
+                                   decoder_depth=stage.decoder_depth) for _, stage in stages]
     module = ModelWithProbe(model, int(loader.labels.max()) + 1, args.probe, args.decoder_keep)
     ddp_model = module.to(device)
     if world > 1:
-        ddp_model = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+        depths = {stage.decoder_depth for stage in scheme}
+        ddp_model = nn.parallel.DistributedDataParallel(
+            module, gradient_as_bucket_view=True,
+            find_unused_parameters=depths != {len(model.decoder_blocks)})
     compute_loss = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # --- optimizer
-    groups = param_groups_weight_decay(model, args.weight_decay)
-    groups.append({"params": list(module.head.parameters()), "weight_decay": 0.0})  # constant rate
+    groups = parameter_groups(module, args.weight_decay)
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=PRETRAIN["betas"], fused=True)
     else:
@@ -512,24 +616,30 @@ def main(args):
     if board:
         (folder / "args.json").write_text(json.dumps(vars(args) | {"world_size": world}, indent=1))
     bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
+    has_pictures = rank == 0 and args.viz_every > 0
+    if has_pictures and not model.predicts_pixels:
+        print0("The targets are no pixels: there are no pictures of reconstructions.")
+        has_pictures = False
     noise_shape = (accum, args.batch_size // args.repeat, world, args.repeat)
     stopping = False
     first_epoch = step // steps_per_epoch
     saved_at = time.monotonic()
     for epoch in range(first_epoch, args.epochs):
-        index, (res, mask_ratio) = stages[epoch]
+        index, stage = stages[epoch]
         if epoch == first_epoch or stages[epoch - 1][0] != index:
-            print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels, mask ratio {mask_ratio:g}")
+            print0(f"epoch {epoch + 1}, stage {index + 1}: {stage.res} pixels, mask ratio "
+                   f"{stage.mask_ratio:g}, crops {stage.scale}, {stage.decoder_depth} decoder "
+                   "blocks")
+            model.active_decoder_blocks = stage.decoder_depth
             window = Window(device, compiles=True)
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
-        loader.set_stage(res=res)
+        loader.set_stage(res=stage.res, scale=stage.scale)
         batches = iter(loader)
         while step < (epoch + 1) * steps_per_epoch and not stopping:
             # Every rank draws all ranks' masks and takes its own, (accum, B, L)
-            rng = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-            shape = (*noise_shape, (res // model.patch_size) ** 2)
-            noise = models_mae.masking_noise(shape, rng, device)[:, :, rank].flatten(1, 2)
+            noise = draw_noise(noise_shape, model, stage.res, args.seed * 1_000_003 + step,
+                               step / steps, device)[:, :, rank].flatten(1, 2)
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
             for group in optimizer.param_groups[:-1]:  # not the probe's
                 group["lr"] = lr * group.get("lr_scale", 1)
@@ -539,13 +649,16 @@ def main(args):
                 window.data_time += time.monotonic() - t_data
                 ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
                 with autocast:
-                    loss, mae_loss = compute_loss(images, labels, mask_ratio, noise[micro])
-                scaler.scale(loss / accum).backward()
-                window.losses += torch.stack([mae_loss.nan_to_num(0, 0, 0), mae_loss.isfinite()])
+                    scalars = compute_loss(images, labels, stage.mask_ratio, noise[micro])
+                scaler.scale(total_loss(scalars) / accum).backward()
+                window.add(scalars)
+            if window.steps == 0:
+                check_groups(module, optimizer)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             step += 1
+            module.after_step(step)
             window.steps += 1
             bar.update()
             epoch_ends = step % steps_per_epoch == 0
@@ -554,10 +667,10 @@ def main(args):
                 dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
 
             if epoch_ends or stopping or step % log_every == 0:
-                mean_loss = window.mean_loss(scaler, log_every / 2)
+                means = window.means(scaler, log_every / 2)
                 taken = int(optimizer.state[model.cls_token]["step"])  # AdamW's count
-                row = dict(epoch=epoch + 1, stage=index + 1, res=res, mask_ratio=mask_ratio,
-                           loss=mean_loss, lr=lr, skipped_steps=step - taken,
+                row = dict(epoch=epoch + 1, stage=index + 1, res=stage.res,
+                           mask_ratio=stage.mask_ratio, **means, lr=lr, skipped_steps=step - taken,
                            **window.rates(accum * args.batch_size, world, costs[epoch]))
                 if val and epoch_ends and ((epoch + 1) % probe_every == 0 or step == steps):
                     row["probe_top1"] = probe_accuracy(module, val, autocast)
@@ -565,8 +678,9 @@ def main(args):
                 # What is left of the run at this stage's cost: right across stages
                 steps_left = (epoch + sum(costs[epoch:]) / costs[epoch]) * steps_per_epoch - step
                 left = timedelta(seconds=int(steps_left * args.total_batch / row["img_s"]))
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, {row['img_s']:.0f} img/s, {left} left")
-                first_loss = first_loss or mean_loss
+                text = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                bar.set_postfix_str(f"{text}, {row['img_s']:.0f} img/s, {left} left")
+                first_loss = first_loss or means["loss"]
                 if epoch_ends:
                     print0("  ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"  left {left}")
                 window = Window(device)
@@ -583,8 +697,10 @@ def main(args):
                     save_checkpoint(path, step=step, epoch=epoch + 1, first_loss=first_loss,
                                     **about, **{k: part.state_dict() for k, part in parts.items()})
                 window.t0 += time.monotonic() - saved_at  # the rates leave it out
-            if rank == 0 and epoch_ends and ((epoch + 1) % args.viz_every == 0 or step == steps):
-                save_reconstructions(model, val or loader, mask_ratio, board, epoch + 1, step)
+            show = has_pictures and ((epoch + 1) % args.viz_every == 0 or step == steps)
+            if show and epoch_ends:
+                save_reconstructions(model, val or loader, stage.mask_ratio, (step - 1) / steps,
+                                     board, epoch + 1, step)
                 window.start_clock()
         batches.close()
         if stopping:
@@ -593,7 +709,7 @@ def main(args):
     # --- end
     if step == steps:
         probe = f"probe top-1 {row['probe_top1']:.1f} %, " if val else ""
-        print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {mean_loss:.3f}, {probe}"
+        print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {means['loss']:.3f}, {probe}"
                f"{timedelta(seconds=int(time.monotonic() - start))}, {last}")
     else:
         print0(f"stopped at step {step}: the same command goes on from {last}")

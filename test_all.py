@@ -1739,15 +1739,15 @@ def test_schedules_are_the_papers_tables():
             "s5": "224 .75 192 .75 224 .75", "s6": "224 .75 192 .75 224 .85",
             "fixed": "224 .75 224 .75 224 .75"}
     for name, row in rows.items():
-        ours = [x for stage in schedules.PRETRAIN_SCHEMES[name] for x in stage]
+        ours = [x for stage in schedules.PRETRAIN_SCHEMES[name] for x in stage[:2]]
         assert ours == [float(x) for x in row.split()], name
     tune = schedules.FINETUNE_SCHEMES
     augment = {"s1": "3aug 3aug 3aug+", "s1-": "3aug 3aug 3aug", "s1+": "3aug+ 3aug+ 3aug+",
                "s3": "3aug 3aug 3aug+"}
     for name, row in augment.items():
         assert [stage[:2] for stage in tune[name]] == list(zip((160, 192, 224), row.split()))
-    assert [s[3] for s in tune["s3"]] == [0.68, 0.84, 1.0]
-    assert all(round(s[2], 2) == 0.28 for s in sum(tune.values(), ()))
+    assert [stage.sigma_max for stage in tune["s3"]] == [0.68, 0.84, 1.0]
+    assert all(round(stage.sigma_min, 2) == 0.28 for stage in sum(tune.values(), ()))
     assert schedules.stage_starts(800, schedules.PRETRAIN_STAGES) == [0, 200, 400]
     assert schedules.stage_starts(100, schedules.FINETUNE_STAGES) == [0, 30, 60]
     kept = {(224, .75): 49, (192, .75): 36, (160, .75): 25, (160, .5): 50, (192, .66): 48,
@@ -1876,14 +1876,14 @@ def test_models_flops_equal_torchs_counter(size, depth):
     """To the last operation, at all stages, depths and with half of the removed patches decoded."""
     with torch.device("meta"):
         model = getattr(models_mae, f"mae_vit_{size}_patch16")(decoder_depth=depth)
-    stages = {stage for scheme in schedules.PRETRAIN_SCHEMES.values() for stage in scheme}
+    stages = {stage[:2] for scheme in schedules.PRETRAIN_SCHEMES.values() for stage in scheme}
     for res, mask_ratio in sorted(stages) if size == "tiny" else [(160, 0.9), (224, 0.75)]:
         imgs = torch.zeros(2, 3, res, res, dtype=torch.uint8, device="meta")
         noise = torch.zeros(2, (res // 16) ** 2, device="meta")
         for keep in (1.0, 0.5) if res == 160 else (1.0,):
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 model(imgs, mask_ratio, noise, keep)[0].backward()
-            ours = models_mae.flops_per_image(res, mask_ratio, keep, **model.settings)
+            ours = model.flops_per_image(res, mask_ratio, keep)
             assert 2 * ours == counter.get_total_flops()
 
 
@@ -2312,6 +2312,173 @@ def test_pretrain_runs_all_stages(unbroken):
                      "recon_0002.png", "recon_0004.png", ".lock"}
 
 
+class WithContrast(pretrain.ModelWithProbe):
+    """A user's own: one more layer, a second loss, an average of weights, a frozen teacher."""
+
+    def __init__(self, model, *args):
+        super().__init__(model, *args)
+        width = model.settings["embed_dim"]
+        self.projector = torch.nn.Linear(width, 8)
+        self.average = copy.deepcopy(self.projector).requires_grad_(False)
+        self.teacher = torch.nn.Linear(width, 8).requires_grad_(False)
+        self.teacher.persistent = False
+        self.steps = []
+
+    def forward(self, images, labels, mask_ratio, noise):
+        scalars = super().forward(images, labels, mask_ratio, noise)
+        latent, _, _ = self.model.forward_encoder(images, mask_ratio, noise)
+        features = latent[:, 0]
+        contrast = F.mse_loss(self.projector(features), self.teacher(features).detach())
+        scalars["contrast"] = contrast.detach()
+        return scalars | {"loss": scalars["loss"] + contrast}
+
+    def after_step(self, step):
+        self.steps.append(step)
+        with torch.no_grad():
+            for average, p in zip(self.average.parameters(), self.projector.parameters()):
+                average.lerp_(p, 0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_pretrain_trains_what_a_user_adds(folder, tmp_path, monkeypatch, capsys, optimizer):
+    """Modules beside the model are trained, averages follow each step, and a frozen teacher is in
+    no checkpoint; a new scalar reaches log, bar and TensorBoard; killed, the bits are the same."""
+    made = []
+
+    def make(*args):
+        torch.manual_seed(3)  # the teacher's weights come from somewhere else than the seed
+        made.append(WithContrast(*args))
+        made[-1].first = copy.deepcopy(made[-1].projector.state_dict())
+        return made[-1]
+    monkeypatch.setattr(pretrain, "ModelWithProbe", make)
+    words = ("--optimizer", optimizer)
+    assert pretrain_here(folder, tmp_path / "whole", *words) == 0
+    module = made[-1]
+    assert module.steps == list(range(1, 17))
+    for name, before in module.first.items():
+        assert not torch.equal(before, module.projector.state_dict()[name]), name
+        assert not torch.equal(before, module.average.state_dict()[name]), name
+    log = log_of(tmp_path / "whole")
+    assert all(line["contrast"] > 0 and line["probe_loss"] > 0 for line in log.values())
+    assert "contrast" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "whole/last.pt", weights_only=True)["modules"]
+    assert "average.weight" in saved and not any(name.startswith("teacher") for name in saved)
+    for call in (5, 1):
+        train_to_signal(call, pretrain, *flags(pretrain, folder, tmp_path / "cut", *words))
+    assert pretrain_here(folder, tmp_path / "cut", *words) == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_pretrain_checkpoint_without_an_added_module_is_named(folder, tmp_path, monkeypatch):
+    """Only what is not persistent may be missing from a checkpoint."""
+    assert pretrain_here(folder, tmp_path, "--max-steps", 1) == 0
+    monkeypatch.setattr(pretrain, "ModelWithProbe", WithContrast)
+    with pytest.raises(WeightsError, match="(?s)last.pt, modules: .*projector.*--resume none"):
+        pretrain_here(folder, tmp_path)
+
+
+def test_pretrain_a_gradient_in_no_group_ends_the_run(folder, tmp_path, monkeypatch):
+    """What takes gradients after the optimizer was made would never change: it is named."""
+    class Thaws(WithContrast):
+        def after_step(self, step):
+            self.projector.requires_grad_(True)
+
+    def make(*args):
+        module = Thaws(*args)
+        module.projector.requires_grad_(False)
+        return module
+    monkeypatch.setattr(pretrain, "ModelWithProbe", make)
+    with pytest.raises(WeightsError, match="projector.weight, projector.bias: .*requires_grad"):
+        pretrain_here(folder, tmp_path)
+
+
+def test_pretrain_progress_reaches_masks_and_targets(folder, tmp_path, monkeypatch):
+    """0 at the first step, just below 1 at the last, the same for masks and targets; pictures use
+    that of the step before them; killed, the bits are the same."""
+    seen = {"masks": [], "targets": [], "shown": []}
+    patchify = models_mae.MaskedAutoencoderViT.patchify
+
+    def masking_noise(shape, generator=None, device=None, progress=0.0):
+        kind = "masks" if len(shape) == 5 else "shown"
+        seen[kind].append(progress)
+        noise = torch.rand(shape, generator=generator, device=device)
+        return noise if progress < 0.5 else noise.sort().values
+
+    def targets(model, imgs, progress):
+        if len(imgs) == 8:  # not the model's own call, to know the width
+            seen["targets"].append(progress.item())
+        return patchify(model, imgs * (1 - progress / 2))
+    monkeypatch.setattr(models_mae, "masking_noise", masking_noise)
+    monkeypatch.setattr(models_mae, "targets", targets)
+    whole = flags(pretrain, folder, tmp_path / "whole")
+    assert train(pretrain, *whole) == 0
+    assert seen["masks"] == [step / 16 for step in range(16)]
+    assert sorted(set(seen["targets"])) == pytest.approx(seen["masks"])
+    assert seen["shown"] == [7 / 16, 15 / 16]
+    cut = flags(pretrain, folder, tmp_path / "cut")
+    for call in (5, 1):
+        train_to_signal(call, pretrain, *cut)
+    assert train(pretrain, *cut) == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_pretrain_features_as_targets_need_one_function(folder, tmp_path, monkeypatch, capsys):
+    """A replaced targets() of any width trains without pictures, which a line says, and load_mae
+    reads it where targets() is another; 0 means no pictures."""
+    with monkeypatch.context() as patch:
+        patch.setattr(models_mae, "targets", lambda model, imgs, progress: (
+            model.patchify(imgs).unflatten(2, (-1, 3)).std(dim=2)))  # (B, L, 3)
+        assert pretrain_here(folder, tmp_path / "std", "--epochs", 1) == 0
+    assert "no pictures" in capsys.readouterr().out
+    assert not list((tmp_path / "std").glob("*.png"))
+    model = load_mae(tmp_path / "std/last.pt")
+    with pytest.raises(WeightsError, match="no pixels"):
+        model.reconstruct(torch.zeros(1, 3, 32, 32))
+    with monkeypatch.context() as patch:  # as many numbers as pixels, but features
+        patch.setattr(models_mae, "TARGETS_ARE_PIXELS", False)
+        patch.setattr(models_mae, "targets", lambda model, imgs, _: model.patchify(imgs).sin())
+        assert pretrain_here(folder, tmp_path / "sin", "--epochs", 1) == 0
+    assert pretrain_here(folder, tmp_path / "never", "--epochs", 1, "--viz-every", 0) == 0
+    assert not list(tmp_path.glob("*/*.png"))
+
+
+def test_pretrain_stages_have_fields(folder, tmp_path, monkeypatch):
+    """Five stages with their own crops and decoder depths: each trains the blocks that it uses, on
+    its crops; killed, the bits are the same; too deep a decoder is refused."""
+    scales = []
+    set_stage = ESSLLoader.set_stage
+
+    def spy(self, res=None, scale=None):
+        scales.extend([scale] if scale else [])
+        set_stage(self, res, scale)
+    monkeypatch.setattr(ESSLLoader, "set_stage", spy)
+    five = [schedules.Stage(224, 0.75, scale=(0.5, 1.0), decoder_depth=1),
+            schedules.Stage(192, 0.75, decoder_depth=1), schedules.Stage(160, 0.5),
+            schedules.Stage(224, 0.75, scale=(0.08, 1)), (192, 0.5)]
+    monkeypatch.setitem(schedules.PRETRAIN_SCHEMES, "five", five)
+    monkeypatch.setitem(schedules.PRETRAIN_SHARES, "five", 5 * [0.2])
+    words = ("--scheme", "five", "--epochs", 5)
+    assert pretrain_here(folder, tmp_path / "whole", *words) == 0
+    assert scales == [(0.5, 1.0), (0.2, 1.0), (0.2, 1.0), (0.08, 1), (0.2, 1.0)]
+    start = torch.load(tmp_path / "whole/stage1.pt", weights_only=True)["modules"]
+    middle = torch.load(tmp_path / "whole/stage2.pt", weights_only=True)["modules"]
+    end = torch.load(tmp_path / "whole/last.pt", weights_only=True)["modules"]
+    for block, same in ((0, False), (1, True)):
+        name = f"model.decoder_blocks.{block}.mlp.fc1.weight"
+        assert torch.equal(start[name], middle[name]) == same
+        assert not torch.equal(start[name], end[name])
+    cut = flags(pretrain, folder, tmp_path / "cut", *words)
+    for call in (5, 1):
+        train_to_signal(call, pretrain, *cut)
+    assert train(pretrain, *cut) == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(WeightsError, match="--optimizer adamw"):
+        pretrain_here(folder, tmp_path / "x", *words, "--optimizer", "muon")
+    five[0] = five[0]._replace(decoder_depth=3)
+    with pytest.raises(WeightsError, match="--decoder-depth 3"):
+        pretrain_here(folder, tmp_path / "x", *words)
+
+
 def test_pretrain_same_update_however_it_is_cut(folder, tmp_path):
     """64 masked pictures of --repeat 2 at once, 4 x 16, or two ranks of 2 x 16: the gradient within
     1e-6, as Adam's first moment after one step shows it, which is 0.1 gradient."""
@@ -2466,8 +2633,9 @@ def test_pretrain_skips_a_step_that_is_not_finite(folder, tmp_path):
     forward, step = pretrain.ModelWithProbe.forward, torch.optim.AdamW.step
     calls = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.ModelWithProbe, "forward", lambda self, *args: tuple(
-            loss * (math.nan if next(calls) == 20 else 1) for loss in forward(self, *args)))
+        patch.setattr(pretrain.ModelWithProbe, "forward", lambda self, *args: {
+            name: loss * (math.nan if next(calls) == 20 else 1)
+            for name, loss in forward(self, *args).items()})
         assert pretrain_here(folder, tmp_path / "nan") == 0
     assert [line["skipped_steps"] for line in log_of(tmp_path / "nan").values()] == [0, 1, 1, 1]
     calls = itertools.count()
@@ -2554,11 +2722,11 @@ def test_pretrain_compiled_and_bf16_agree_with_eager_float32(device):
         for i in range(20):
             noise = torch.rand(16, 16, generator=torch.Generator().manual_seed(i)).to(device)
             with torch.autocast(device, torch.bfloat16, enabled=how == "bf16"):
-                loss, mae_loss = step(images, labels, 0.75, noise)
-            loss.backward()
+                scalars = step(images, labels, 0.75, noise)
+            pretrain.total_loss(scalars).backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[how].append(mae_loss.item())
+            losses[how].append(scalars["loss"].item())
     expected = losses["eager"]
     assert expected[-1] < 0.9 * expected[0]
     assert losses["compiled"] == pytest.approx(expected, rel=1e-3)
@@ -2586,7 +2754,7 @@ for res in (32, 24, 32):
         images = torch.randint(256, (4, 3, res, res), dtype=torch.uint8, generator=rng)
         noise = torch.rand(4, (res // 8) ** 2, generator=rng)
         ddp_model.require_backward_grad_sync = micro == 1
-        compute_loss(images, torch.arange(4), 0.75, noise)[0].backward()
+        pretrain.total_loss(compute_loss(images, torch.arange(4), 0.75, noise)).backward()
         grads = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
         every = [torch.empty_like(grads) for _ in range(world)]
         torch.distributed.all_gather(every, grads)
@@ -2635,7 +2803,7 @@ def test_training_steps_keep_to_one_device():
         tensors = dict(vit.named_parameters()) | dict(vit.named_buffers())
         tensors = {k: torch.empty(v.shape) for k, v in tensors.items()}
         scores = torch.func.functional_call(vit, tensors, (finetune.color_jitter(augmented),))
-        for out in (module(images, labels, 0.75, noise)[0], model.reconstruct(images), scores,
+        for out in (module(images, labels, 0.75, noise)["loss"], model.reconstruct(images), scores,
                     linprobe.knn_score(scores, scores, labels, 5), finetune.luma(images)):
             assert out.device.type == "cuda"
 
