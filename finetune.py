@@ -19,6 +19,7 @@ import sys
 import time
 import timeit
 import uuid
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import models_mae
 from essl_loader import DataError, check_batches, check_classes, check_labels, open_loader
-from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at
+from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at, unused_stages
 
 MIN_LR = 1e-6
 # At magnitude 10 timm's RandAug posterizes to 0 bits, which Pillow refuses
@@ -176,8 +177,62 @@ def lock_folder(folder):
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
-        path.unlink()
+    for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
+        path.unlink()  # of runs that were killed while they saved
+
+
+def data_checksum(loader):
+    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
+    reader = getattr(loader, "reader", None)
+    if reader and "checksum" in reader.settings:
+        return reader.settings["checksum"]
+    tables = [loader.labels]
+    if reader:
+        tables += [reader.sizes, reader.widths, reader.heights]
+    checksum = zlib.crc32("".join(loader.names or ()).encode())
+    for table in tables:
+        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
+    return checksum
+
+
+def same_command(args, folder, free):
+    """Whether this command, but for the flags in `free`, began the run in this folder.
+
+    --resume none or PATH then counts no more: the run goes on from its last.pt.
+    """
+    try:
+        before = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return False
+    if args.resume == "none" and before.get("finished"):
+        return False
+    command = json.loads(json.dumps(vars(args), default=str))
+    return all(before.get(flag) == value for flag, value in command.items()
+               if flag not in free or flag == "resume")
+
+
+def put_aside(folder):
+    """What an earlier run left in a folder goes into old_1/, or the next free number."""
+    patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
+                "results.jsonl", "events.out.*", "scripts")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not files:
+        return
+    number = 1
+    while (folder / f"old_{number}").exists():
+        number += 1
+    old = folder / f"old_{number}"
+    old.mkdir()
+    for path in files:
+        path.rename(old / path.name)
+    print0(f"The earlier run in {folder} is now in {old}.")
+
+
+def write_args(args, folder, **values):
+    """args.json: the flags of the run in this folder."""
+    tmp_path = folder / f"args.json.tmp-{os.getpid()}"
+    tmp_path.write_text(json.dumps(vars(args) | values, indent=1, default=str))
+    os.replace(tmp_path, folder / "args.json")
 
 
 def check_ranks(**values):
@@ -366,6 +421,8 @@ def main(args):
     if world > 1:
         ddp_model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     compute_scores = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
+    for number in unused_stages(args.epochs, FINETUNE_STAGES):
+        print0(f"Stage {number} gets no epoch: its share of --epochs {args.epochs} is too small.")
     mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
     erase = RandomErasing(args.reprob, mode="pixel", device=device)
 
@@ -379,13 +436,20 @@ def main(args):
 
     # --- resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings)
+    scheme_stages = [stage._asdict() for stage in FINETUNE_SCHEMES[args.scheme]]
+    settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings,
+                     data_checksum=data_checksum(loader), scheme_stages=scheme_stages,
+                     shares=FINETUNE_STAGES)
     settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
     # The prefix "model." is that of pretraining's checkpoints
     parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler,
                  loader=loader)
     defaults = vars(get_args(["--finetune=none"]))
-    state = models_mae.resume(args.resume, last, settings, defaults, **parts)
+    goes_on = same_command(args, folder, FREE)
+    source = args.resume
+    if goes_on and last.exists():
+        source = "auto"
+    state = models_mae.resume(source, last, settings, defaults, **parts)
     step = state["step"] if state else 0
     best = state["best"] if state else -1.0
     check_ranks(step=step, batch_size=args.batch_size, **settings)
@@ -393,6 +457,10 @@ def main(args):
         return print0(f"{last} is finished: {args.epochs} epochs, best top-1 {best:.2f} %.")
 
     # --- train
+    if rank == 0:
+        if args.resume == "none" and not goes_on:
+            put_aside(folder)
+        write_args(args, folder, world_size=world)
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     print0(f"{args.finetune} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} "
            f"x {args.batch_size} x {accum} a step")
@@ -480,6 +548,8 @@ def main(args):
             break
 
     # --- end
+    if rank == 0 and step == steps:
+        write_args(args, folder, world_size=world, finished=True)
     print0(f"done: {args.epochs} epochs, top-1 {result['top1']:.2f} % of {result['n']:,} pictures, "
            f"best {best:.2f} %, {timedelta(seconds=int(time.monotonic() - start))}, {last}"
            if step == steps else f"stopped at step {step}; the same command goes on from {last}")

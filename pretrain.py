@@ -8,23 +8,30 @@ Give the same command again and the run goes on from last.pt. The last line is t
     done: 24 epochs, loss 1.366 -> 0.273, probe top-1 92.5 %, H:MM:SS, runs/demo/last.pt
 """
 import argparse
+import ast
 import fcntl
 import functools
+import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -35,9 +42,10 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import models_mae
+import schedules
 from essl_loader import DataError, check_batches, check_classes, labels_fault, open_loader
 from schedules import (PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, Stage, lr_at,
-                       stage_at)
+                       stage_at, unused_stages)
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
@@ -48,7 +56,8 @@ NEWTON_SCHULZ = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
 # Flags that a resumed run may change; all others must be those of the run before
 FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "recompute", "resume",
-        "num_workers", "save_minutes", "viz_every", "max_steps", "benchmark")
+        "num_workers", "save_minutes", "viz_every", "max_steps", "benchmark", "extend")
+EXTENDABLE = ("epochs", "warmup_epochs", "blr", "stages")  # these it may change with --extend
 
 
 def get_args(argv):
@@ -80,6 +89,7 @@ def get_args(argv):
     add("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--resume", default="auto", help="auto: from the run's last.pt if there; none; or a PATH")
+    add("--extend", action="store_true", help="go on with other --epochs, --blr or --stages")
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
@@ -87,6 +97,8 @@ def get_args(argv):
     add("--max-steps", type=int, default=0, help="save and stop after this step; 0: never")
     add("--benchmark", type=int, default=0, metavar="N", help="only time N steps of each stage")
     add("--init", help="start from weights: ours, official MAE's, timm's, Hugging Face's")
+    for name, default in (("--mean", models_mae.IMAGENET_MEAN), ("--std", models_mae.IMAGENET_STD)):
+        add(name, type=float, nargs=3, default=default, help="of red, green, blue, from 0 to 1")
     add("--norm-pix-loss", action=on_off, default=True, help="targets are normalised per patch")
     words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     if "--demo" in words:
@@ -197,8 +209,62 @@ def lock_folder(folder):
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
-        path.unlink()
+    for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
+        path.unlink()  # of runs that were killed while they saved
+
+
+def data_checksum(loader):
+    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
+    reader = getattr(loader, "reader", None)
+    if reader and "checksum" in reader.settings:
+        return reader.settings["checksum"]
+    tables = [loader.labels]
+    if reader:
+        tables += [reader.sizes, reader.widths, reader.heights]
+    checksum = zlib.crc32("".join(loader.names or ()).encode())
+    for table in tables:
+        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
+    return checksum
+
+
+def same_command(args, folder, free):
+    """Whether this command, but for the flags in `free`, began the run in this folder.
+
+    --resume none or PATH then counts no more: the run goes on from its last.pt.
+    """
+    try:
+        before = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return False
+    if args.resume == "none" and before.get("finished"):
+        return False
+    command = json.loads(json.dumps(vars(args), default=str))
+    return all(before.get(flag) == value for flag, value in command.items()
+               if flag not in free or flag == "resume")
+
+
+def put_aside(folder):
+    """What an earlier run left in a folder goes into old_1/, or the next free number."""
+    patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
+                "results.jsonl", "events.out.*", "scripts")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not files:
+        return
+    number = 1
+    while (folder / f"old_{number}").exists():
+        number += 1
+    old = folder / f"old_{number}"
+    old.mkdir()
+    for path in files:
+        path.rename(old / path.name)
+    print0(f"The earlier run in {folder} is now in {old}.")
+
+
+def write_args(args, folder, **values):
+    """args.json: the flags of the run in this folder."""
+    tmp_path = folder / f"args.json.tmp-{os.getpid()}"
+    tmp_path.write_text(json.dumps(vars(args) | values, indent=1, default=str))
+    os.replace(tmp_path, folder / "args.json")
 
 
 def check_ranks(**values):
@@ -330,6 +396,43 @@ def check_groups(module, optimizer):
             "gradients. Make them, and set requires_grad, in the module's __init__.")
 
 
+def scripts():
+    """The files that make a run: these three, and one that imports them."""
+    files = [__file__, models_mae.__file__, schedules.__file__]
+    files.append(getattr(sys.modules["__main__"], "__file__", __file__))  # notebooks have none
+    return list(dict.fromkeys(Path(file).resolve() for file in files))  # each once
+
+
+def keep_scripts(folder, step):
+    """Copies them into a run's folder, under the step from which they make it, where they differ
+    from the newest copies there."""
+    folder.mkdir(exist_ok=True)
+    copies = sorted(folder.glob("from_step_*"), key=lambda path: int(path.name.split("_")[2]))
+    newest = copies[-1] if copies else folder / "none"
+    if all((newest / path.name).is_file() and
+           (newest / path.name).read_bytes() == path.read_bytes() for path in scripts()):
+        return
+    target = folder / f"from_step_{step}"
+    target.mkdir(exist_ok=True)
+    for path in scripts():
+        shutil.copyfile(path, target / path.name)
+
+
+def source_of(function):
+    """crc32 of a function's code, without its comments and its docstring; None without a source."""
+    try:
+        text = inspect.getsource(function)
+        tree = ast.parse(textwrap.dedent(text))
+    except (OSError, TypeError):
+        return None
+    except SyntaxError:  # a lambda amid a call
+        return zlib.crc32(text.encode())
+    definition = tree.body[0]
+    if isinstance(definition, ast.FunctionDef) and ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return zlib.crc32(ast.unparse(tree).encode())
+
+
 def draw_noise(shape, model, res, seed, progress, device):
     """The one call of masking_noise for training and pictures: (*shape, L) of a seed alone."""
     rng = torch.Generator(device).manual_seed(seed)
@@ -354,11 +457,12 @@ def probe_accuracy(module, loader, autocast):
 
 @torch.no_grad()
 def save_reconstructions(model, loader, mask_ratio, progress, board, epoch, step):
-    """recon_*.png: original, what the encoder saw, reconstruction; four pictures a row."""
+    """recon_*.png, three pictures a row: original, what the encoder saw, reconstruction, and what
+    the prediction 0 would show, which takes nothing to learn."""
     images = next(iter(loader))[0][:12]
     # The same seed each time: the same masks, if masking_noise does not change with progress
     noise = draw_noise((len(images),), model, images.shape[-1], 0, progress, loader.device)
-    parts = model.reconstruct(images, mask_ratio, noise)  # (3, B, 3, H, W)
+    parts = model.reconstruct(images, mask_ratio, noise, with_zero=True)  # (4, B, 3, H, W)
     grid = make_grid(parts.transpose(0, 1).flatten(0, 1), nrow=12)
     save_image(grid, Path(board.log_dir, f"recon_{epoch:04d}.png"))
     board.add_image("reconstructions", grid, step)
@@ -558,12 +662,15 @@ def main(args):
 
     # --- model
     sizes = {"decoder_depth": args.decoder_depth} if args.decoder_depth else {}
-    sizes |= dict(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss)
+    sizes |= dict(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, mean=args.mean,
+                  std=args.std)
     model = getattr(models_mae, args.model)(**sizes)
     model.recompute = args.recompute
     scheme = complete_stages(scheme_of(args), model, args.optimizer)
     stages = [stage_at(scheme, epoch, args.epochs, args.stages, args.input_size, model.patch_size)
               for epoch in range(args.epochs)]
+    for number in unused_stages(args.epochs, args.stages):
+        print0(f"Stage {number} gets no epoch: its share of --epochs {args.epochs} is too small.")
     costs = [model.flops_per_image(stage.res, stage.mask_ratio, args.decoder_keep,
                                    decoder_depth=stage.decoder_depth) for _, stage in stages]
     module = ModelWithProbe(model, int(loader.labels.max()) + 1, args.probe, args.decoder_keep)
@@ -596,11 +703,35 @@ def main(args):
 
     # --- resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=len(loader.indices), **model.settings)
-    about = dict(settings=settings, model=model.settings, classes=loader.classes)
+    settings |= dict(num_samples=len(loader.indices), data_checksum=data_checksum(loader),
+                     scheme_stages=[stage._asdict() for stage in scheme], betas=PRETRAIN["betas"],
+                     targets=source_of(models_mae.targets),
+                     masking_noise=source_of(models_mae.masking_noise), **model.settings)
+    sources = {path.name: hashlib.sha1(path.read_bytes()).hexdigest() for path in scripts()}
+    about = dict(settings=settings, model=model.settings, model_class=type(model).__name__,
+                 classes=loader.classes, sources=sources)
     parts = dict(modules=module, optimizer=optimizer, scaler=scaler, loader=loader)
-    state = models_mae.resume(args.resume, last, settings, vars(get_args([])), **parts)
+    goes_on = same_command(args, folder, FREE)
+    source = args.resume
+    if goes_on and last.exists():
+        source = "auto"
+    state = models_mae.resume(source, last, settings, vars(get_args([])), EXTENDABLE, args.extend,
+                              **parts)
     step = state["step"] if state else 0
+    if step > steps:
+        raise models_mae.WeightsError(
+            f"{last} has done {step} steps, but --epochs {args.epochs} are {steps}: give "
+            f"--epochs {math.ceil(step / steps_per_epoch)} or more.")
+    if state:
+        changed = [name for name, sha1 in state.get("sources", {}).items()
+                   if sources.get(name) != sha1]
+        if changed:
+            print0(f"Warning: {', '.join(changed)} changed since the checkpoint was written.")
+        extended = [f"{k} {state['settings'][k]} -> {settings[k]}" for k in EXTENDABLE
+                    if state["settings"].get(k, settings[k]) != settings[k]]
+        if extended:
+            print0(f"Extended at step {step}: {', '.join(extended)}. Rate and stages follow the "
+                   "new schedule from here on.")
     first_loss = state["first_loss"] if state else None
     check_ranks(step=step, batch_size=args.batch_size, **settings)
     if args.init and not state:
@@ -612,9 +743,12 @@ def main(args):
            f"{args.batch_size} x {accum} a step, {loader.num_workers} threads, {device.type}")
 
     # --- train
+    if rank == 0 and args.resume == "none" and not goes_on:
+        put_aside(folder)
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
-    if board:
-        (folder / "args.json").write_text(json.dumps(vars(args) | {"world_size": world}, indent=1))
+    if rank == 0:
+        write_args(args, folder, world_size=world)
+        keep_scripts(folder / "scripts", step)
     bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
     has_pictures = rank == 0 and args.viz_every > 0
     if has_pictures and not model.predicts_pixels:
@@ -709,6 +843,8 @@ def main(args):
     # --- end
     if step == steps:
         probe = f"probe top-1 {row['probe_top1']:.1f} %, " if val else ""
+        if rank == 0:
+            write_args(args, folder, world_size=world, finished=True)
         print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {means['loss']:.3f}, {probe}"
                f"{timedelta(seconds=int(time.monotonic() - start))}, {last}")
     else:

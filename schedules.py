@@ -72,6 +72,14 @@ def stage_starts(epochs, shares):
     return [round(epochs * sum(shares[:i])) for i in range(len(shares))]
 
 
+def unused_stages(epochs, shares):
+    """The numbers, from 1, of stages that have a share of the epochs but get no epoch."""
+    ends = [*stage_starts(epochs, shares), epochs][1:]
+    starts = stage_starts(epochs, shares)
+    return [i for i, share in enumerate(shares, start=1)
+            if share > 0 and starts[i - 1] >= ends[i - 1]]
+
+
 def stage_at(scheme, epoch, epochs, shares, input_size=224, patch_size=16):
     """(stage index, the stage) at an epoch, from 0. Pure: a resumed run lands in the right stage.
 

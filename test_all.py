@@ -1901,6 +1901,13 @@ def test_models_reconstruct_shows_what_the_encoder_saw(monkeypatch):
     for ours, expected in ((original, imgs / 255), (visible[..., :8, :], top),
                            (visible[..., 8:, :], gray), (reconstruction[..., :8, :], top)):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    *same, zero = model.reconstruct(imgs, 0.75, with_zero=True)
+    torch.testing.assert_close(torch.stack(same), torch.stack([original, visible, reconstruction]))
+    torch.testing.assert_close(zero[..., :8, :], top, atol=1e-5, rtol=0)
+    patches = model.patchify(model.normalize(imgs))  # one mean for all three colours
+    expected = model.unpatchify(patches.mean(2, keepdim=True).expand_as(patches))
+    expected = (expected * model.std + model.mean).clamp(0, 1)[..., 8:, :]
+    torch.testing.assert_close(zero[..., 8:, :], expected, atol=1e-5, rtol=0)
     lower = reconstruction[..., 8:, :]  # of an untrained model: about each patch's own colours
     assert (lower.mean() - (imgs[..., 8:, :] / 255).mean()).abs() < 0.05 and lower.std() > 0.1
 
@@ -2309,7 +2316,11 @@ def test_pretrain_runs_all_stages(unbroken):
     assert all(0 <= line["probe_top1"] <= 100 and line["img_s"] > 0 for line in log.values())
     names = {path.name for path in unbroken.iterdir() if not path.name.startswith("events.out")}
     assert names == {"args.json", "log.jsonl", "last.pt", "stage1.pt", "stage2.pt",
-                     "recon_0002.png", "recon_0004.png", ".lock"}
+                     "recon_0002.png", "recon_0004.png", ".lock", "scripts"}
+    assert Image.open(unbroken / "recon_0002.png").width == 12 * (32 + 2) + 2  # 3 groups of 4
+    for name in ("pretrain.py", "models_mae.py", "schedules.py"):
+        copy = unbroken / "scripts/from_step_0" / name
+        assert copy.read_bytes() == (HERE / name).read_bytes()
 
 
 class WithContrast(pretrain.ModelWithProbe):
@@ -2440,6 +2451,210 @@ def test_pretrain_features_as_targets_need_one_function(folder, tmp_path, monkey
         assert pretrain_here(folder, tmp_path / "sin", "--epochs", 1) == 0
     assert pretrain_here(folder, tmp_path / "never", "--epochs", 1, "--viz-every", 0) == 0
     assert not list(tmp_path.glob("*/*.png"))
+
+
+@pytest.fixture
+def begun(folder, unbroken, tmp_path):
+    """A copy of the unbroken run as it was after the first of its stages."""
+    shutil.copytree(unbroken, tmp_path / "begun")
+    shutil.copy(unbroken / "stage1.pt", tmp_path / "begun/last.pt")
+    return tmp_path / "begun"
+
+
+def test_pretrain_refuses_what_would_change_the_result(folder, begun, tmp_path, monkeypatch):
+    """As many other pictures, other stages, crops, targets or masks are named when a run resumes;
+    a comment in a function is not. Loaders of FFCV's files and of folders tell theirs apart, too."""
+    built("--data-dir", folder / "train", "--out", tmp_path / "other.beton", "--quality", 60)
+
+    def masking_noise(shape, generator=None, device=None, progress=0.0):
+        """Another docstring."""
+        return torch.rand(shape, generator=generator, device=device)  # and a comment
+    monkeypatch.setattr(models_mae, "masking_noise", masking_noise)
+    assert pretrain_here(folder, begun, "--max-steps", 5) == 0
+    s5 = list(schedules.PRETRAIN_SCHEMES["s5"])
+    for change, named in (
+            ((schedules.PRETRAIN_SCHEMES, "s5", s5[:2] + [(224, 0.8)]), "scheme_stages"),
+            ((schedules.PRETRAIN_SCHEMES, "s5", [s5[0]._replace(scale=(0.3, 1))] + s5[1:]),
+             "scheme_stages.*0.3"),
+            ((schedules.PRETRAIN, "betas", (0.9, 0.99)), "betas")):
+        with monkeypatch.context() as patch, pytest.raises(WeightsError, match=f"{named}.*none"):
+            patch.setitem(*change)
+            pretrain_here(folder, begun)
+    for name in ("targets", "masking_noise"):
+        with monkeypatch.context() as patch, pytest.raises(WeightsError, match=f"{name}: .*none"):
+            patch.setattr(models_mae, name, lambda *args, **kwargs: None)
+            patch.setattr(models_mae.MaskedAutoencoderViT, "__init__",
+                          functools.partialmethod(models_mae.MaskedAutoencoderViT.__init__,
+                                                  target_dim=192))
+            pretrain_here(folder, begun)
+    with pytest.raises(WeightsError, match="data_checksum"):
+        pretrain_here(folder, begun, "--data", tmp_path / "other.beton")
+
+    shutil.copytree(folder / "train", tmp_path / "train")
+    checksums = []
+    for change in ("none", "a name", "a label"):
+        path = next((tmp_path / "train/dark").iterdir())
+        if change == "a name":
+            path.rename(path.with_name("zzz.png"))
+        if change == "a label":
+            path.rename(tmp_path / "train/light" / path.name)
+        checksums.append(pretrain.data_checksum(open_loader(tmp_path / "train", 8)))
+    items = [(0, 40, 30, jpeg_of(draw(np.random.default_rng(i), 40, 30))) for i in range(3)]
+    for number, part in enumerate((items, items[::-1])):
+        path = write_beton(tmp_path / f"{number}.beton", part)
+        checksums.append(pretrain.data_checksum(open_loader(path, 1)))
+    assert len(set(checksums)) == 5
+
+
+def test_pretrain_old_checkpoints_resume(folder, begun, unbroken):
+    """One that an older version wrote, without what is compared now, goes on."""
+    state = torch.load(begun / "last.pt", weights_only=True)
+    for key in ("data_checksum", "scheme_stages", "betas", "targets", "masking_noise", "mean",
+                "std", "target_dim"):
+        del state["settings"][key]
+    for key in ("sources", "model_class"):
+        state.pop(key)
+    for key in ("mean", "std", "target_dim"):
+        state["model"].pop(key)
+    torch.save(state, begun / "last.pt")
+    load_mae(begun / "last.pt")
+    assert pretrain_here(folder, begun) == 0
+    check_same_end(begun, unbroken)
+
+
+def test_pretrain_changed_scripts_are_said_and_kept(folder, begun, capsys):
+    """A checkpoint of other code is warned of in one line; both versions are kept, by step."""
+    state = torch.load(begun / "last.pt", weights_only=True)
+    state["sources"]["models_mae.py"] = "0" * 40
+    torch.save(state, begun / "last.pt")
+    old = begun / "scripts/from_step_0/models_mae.py"
+    old.write_text("# older")
+    assert pretrain_here(folder, begun, "--max-steps", 5) == 0
+    assert capsys.readouterr().out.count("Warning: models_mae.py changed since") == 1
+    assert old.read_text() == "# older"
+    new = begun / "scripts/from_step_4/models_mae.py"
+    assert new.read_bytes() == (HERE / "models_mae.py").read_bytes()
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune, linprobe])
+def test_runs_resume_none_puts_the_old_run_aside(folder, mae, tmp_path, script):
+    """All files of the earlier run are in old_1/, then old_2/, and others stay; the same command
+    goes on with the run that it began, with the bits of an unbroken one."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(script, *flags(script, folder, whole)) == 0
+    assert train(script, *flags(script, folder, out, "--epochs", 1)) == 0
+    (out / "notes.txt").write_text("mine")
+    before = {path.name for path in out.iterdir()} - {".lock", "notes.txt"}
+    new = flags(script, folder, out, "--resume", "none")
+    train_to_signal(5, script, *new)
+    assert {path.name for path in (out / "old_1").iterdir()} == before
+    train_to_signal(1, script, *new)
+    assert train(script, *new) == 0
+    assert not (out / "old_2").exists()
+    check_same_end(out, whole)
+    assert set(log_of(out)) >= set(log_of(whole))
+    assert len((out / "log.jsonl").read_text().splitlines()) < 6  # none of the earlier run's
+    train_to_signal(5, script, *new)  # it was finished: begun anew
+    assert {path.name for path in (out / "old_2").iterdir()} >= {"last.pt", "log.jsonl"}
+    assert (out / "notes.txt").exists()
+
+
+def test_pretrain_resume_path_counts_once(folder, unbroken, tmp_path):
+    """The run begins from the file, and the same command goes on from the run's own last.pt."""
+    words = flags(pretrain, folder, tmp_path, "--resume", unbroken / "stage1.pt")
+    train_to_signal(5, pretrain, *words)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 10
+    train_to_signal(1, pretrain, *words)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 12
+    assert train(pretrain, *words) == 0
+    check_same_end(tmp_path, unbroken)
+    other = flags(pretrain, folder, tmp_path, "--resume", unbroken / "stage2.pt", "--max-steps", 9)
+    assert train(pretrain, *other) == 0
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 9
+
+
+def test_pretrain_extends_a_run_when_asked(folder, tmp_path, capsys):
+    """More epochs and another rate are refused with the remedy, and taken with --extend: weights
+    and moments are kept, the rate is that of the new schedule; killed, the bits are the same."""
+    for name in ("whole", "cut"):
+        assert pretrain_here(folder, tmp_path / name, "--epochs", 2) == 0
+    longer = ("--epochs", 4, "--blr", 2e-3)
+    with pytest.raises(WeightsError, match="epochs: 2 there, 4 here.*--extend"):
+        pretrain_here(folder, tmp_path / "whole", *longer)
+    with pytest.raises(WeightsError, match="seed: 0 there, 1 here") as raised:
+        pretrain_here(folder, tmp_path / "whole", *longer, "--extend", "--seed", 1)
+    assert "--extend" not in str(raised.value)
+    assert pretrain_here(folder, tmp_path / "whole", *longer, "--extend") == 0
+    assert "epochs 2 -> 4, warmup_epochs 0.5 -> 1" in capsys.readouterr().out
+    for step, line in log_of(tmp_path / "whole").items():
+        peak, epochs, warm_up = (4e-3, 2, 2) if step <= 8 else (2e-3, 4, 4)
+        rate = schedules.lr_at(step - 1, 4 * epochs, warm_up, peak * 16 / 256)
+        assert line["lr"] == pytest.approx(rate)
+    train_to_signal(3, pretrain, *flags(pretrain, folder, tmp_path / "cut", *longer, "--extend"))
+    assert pretrain_here(folder, tmp_path / "cut", *longer) == 0  # its own settings by now
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(WeightsError, match="16 steps.*--epochs 4 or more"):
+        pretrain_here(folder, tmp_path / "cut", "--epochs", 3, "--extend")
+
+
+def test_pretrain_says_which_stages_get_no_epoch(folder, tmp_path, capsys):
+    """Those with a share alone; so does finetuning."""
+    assert pretrain_here(folder, tmp_path, "--epochs", 2, "--max-steps", 1) == 0
+    assert re.findall("[Ss]tage ([0-9]) gets no epoch.*--epochs 2", capsys.readouterr().out) == ["1"]
+    assert schedules.unused_stages(1, (0.25, 0.25, 0.5)) == [1, 2]
+    assert schedules.unused_stages(1, (0, 1.0, 0)) == []
+    assert schedules.unused_stages(800, schedules.PRETRAIN_STAGES) == []
+
+
+def test_pretrain_own_mean_and_deviation_stay_with_the_weights(folder, tmp_path, monkeypatch):
+    """--mean and --std reach the model, load_mae, finetuning, its evaluation, the linear probe and
+    the exports; other pictures' weights are refused by --init; 0 to 255 is refused."""
+    mean, std = [0.5, 0.25, 0.125], [0.5, 0.5, 0.25]
+    words = ("--mean", *mean, "--std", *std)
+    with pytest.raises(WeightsError, match="divided by 255"):
+        pretrain_here(folder, tmp_path / "x", "--mean", 123, 117, 104)
+    out = tmp_path / "run"
+    assert pretrain_here(folder, out, *words, "--epochs", 1) == 0
+    model = load_mae(out / "last.pt")
+    image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    assert model.normalize(image)[0, :, 0, 0].tolist() == [1.0, 1.5, 3.5]
+    with pytest.raises(WeightsError, match="give these numbers to --mean"):
+        pretrain_here(folder, tmp_path / "x", "--init", out / "last.pt")
+    assert pretrain_here(folder, tmp_path / "x", "--init", out / "last.pt", *words,
+                         "--max-steps", 1) == 0
+    seen = []
+    normalize = ViT.normalize
+    monkeypatch.setattr(ViT, "normalize", lambda self, imgs: (
+        seen.append((self.mean.flatten().tolist(), self.std.flatten().tolist())),
+        normalize(self, imgs))[1])
+    tuned = flags(finetune, folder, tmp_path / "ft", "--finetune", out / "last.pt", "--epochs", 1)
+    assert train(finetune, *tuned) == 0
+    assert train(finetune, "--eval", "--resume", tmp_path / "ft/best.pt", "--val-data",
+                 folder / "val.beton", "--output-dir", tmp_path / "ft") == 0
+    assert train(linprobe, *flags(linprobe, folder, tmp_path / "lp", "--checkpoint",
+                                  out / "last.pt", "--epochs", 1)) == 0
+    assert len(seen) > 10 and all(pair == (mean, std) for pair in seen)
+    models_mae.export_hf(out / "last.pt", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())
+    assert (config["image_mean"], config["image_std"]) == (mean, std)
+    assert f"{mean}" in models_mae.export_timm(out / "last.pt", tmp_path / "timm.pt", 0)
+
+
+def test_models_another_class_is_refused_by_name(mae, tmp_path):
+    """load_mae takes a checkpoint by the class that made it alone, and a class measures itself."""
+    class Other(models_mae.MaskedAutoencoderViT):
+        def flops_per_image(self, *args, **changed):
+            return 7
+    state = {"modules": prefixed(mae.state_dict(), "model."), "model": mae.settings,
+             "model_class": "Other"}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="x.pt is of the class Other.*load_mae"):
+        load_mae(tmp_path / "x.pt")
+    model = load_mae(tmp_path / "x.pt", Other)
+    assert isinstance(model, Other) and model.flops_per_image(32, 0.75) == 7
+    torch.save(state | {"model_class": "MaskedAutoencoderViT"}, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="class MaskedAutoencoderViT"):
+        load_mae(tmp_path / "x.pt", Other)
 
 
 def test_pretrain_stages_have_fields(folder, tmp_path, monkeypatch):
