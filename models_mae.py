@@ -269,11 +269,15 @@ class MaskedAutoencoderViT(nn.Module):
         index = ids_shuffle[..., None].expand(-1, -1, pred.shape[2])
         return pred.new_zeros(B, L, pred.shape[2]).scatter(1, index, pred)
 
+    @torch.no_grad()
     def normalized_targets(self, imgs):
-        """What targets() gives in float32, (B, L, T), normalised; each patch's mean, deviation."""
+        """What targets() gives in float32, (B, L, T), normalised; each patch's mean, deviation.
+
+        No gradient goes into a target.
+        """
         imgs = self.normalize(imgs)
         imgs = imgs.to(torch.promote_types(imgs.dtype, torch.float32))
-        target = targets(self, imgs, self.progress)  # (B, L, T)
+        target = targets(self, imgs, self.progress).to(imgs.dtype)  # (B, L, T)
         if not self.norm_pix_loss:
             return target, 0.0, 1.0
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # (B, L, 1)
@@ -734,7 +738,7 @@ def load_mae(path, model_class=MaskedAutoencoderViT, **settings):
     settings: what an official file does not tell, such as norm_pix_loss=False.
     """
     weights, ckpt_settings, _ = read_weights(path)
-    if "decoder_embed.weight" not in weights:
+    if "decoder_pred.weight" not in weights:
         raise WeightsError(f"{path} has no decoder: it is not a masked autoencoder's.")
     found = ckpt_settings | settings
     made_by = found.pop("model_class", model_class.__name__)

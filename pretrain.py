@@ -857,8 +857,13 @@ def main(args):
     sys.exit(step < steps and step != args.max_steps)  # 1: cut short by a signal
 
 
-if __name__ == "__main__":
+def run(argv):
+    """A command line's run, which ends in words where data, weights or files do not fit."""
     try:
-        main(get_args(sys.argv[1:]))
+        main(get_args(argv))
     except (DataError, models_mae.WeightsError, OSError) as e:
         raise SystemExit(f"pretrain: {e}")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

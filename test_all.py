@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -2655,6 +2656,51 @@ def test_models_another_class_is_refused_by_name(mae, tmp_path):
     torch.save(state | {"model_class": "MaskedAutoencoderViT"}, tmp_path / "x.pt")
     with pytest.raises(WeightsError, match="class MaskedAutoencoderViT"):
         load_mae(tmp_path / "x.pt", Other)
+
+
+@pytest.mark.parametrize("name, own", [("simmim", "SimMIM"), ("mae_ema_teacher", "MAEWithTeacher")])
+def test_extras_train_by_import(folder, tmp_path, name, own):
+    """Each trains, stops and goes on with the unbroken bits; its script is in the run's folder; its
+    class alone loads it, finetuning takes its encoder; its FLOPs are torch's count."""
+    path = HERE / f"extras/{name}.py"
+    assert len(path.read_text().splitlines()) <= 60
+    words = flags(pretrain, folder, tmp_path / "cut", "--epochs", 3)
+    run(path, *words, "--max-steps", 6)
+    done = run(path, *words)
+    assert "from step 6 of 12" in done.stdout and "done: 3 epochs" in done.stdout
+    run(path, *flags(pretrain, folder, tmp_path / "whole", "--epochs", 3))
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+    log = log_of(tmp_path / "whole")
+    assert log[12]["loss"] < log[4]["loss"]
+    assert (tmp_path / "cut/scripts/from_step_0" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "whole").glob("*.png"))) == (2 if name == "simmim" else 0)
+    last = tmp_path / "whole/last.pt"
+    with pytest.raises(WeightsError, match=f"class {own}"):
+        load_mae(last)
+    model = load_mae(last, runpy.run_path(path)[own])
+    assert model.features(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+    assert train(finetune, *flags(finetune, folder, tmp_path / "ft", "--finetune", last,
+                                  "--epochs", 1)) == 0
+
+
+def test_extras_measure_themselves(monkeypatch):
+    """SimMIM's and the EMA teacher's FLOPs are those that torch counts."""
+    simmim = runpy.run_path(HERE / "extras/simmim.py")["SimMIM"]
+    ema = runpy.run_path(HERE / "extras/mae_ema_teacher.py")
+    with torch.device("meta"):
+        tiny = models_mae.mae_vit_tiny_patch16.keywords
+        modules = [pretrain.ModelWithProbe(simmim(**tiny), 2, "off", 1.0)]
+        model = ema["MAEWithTeacher"](**tiny, target_dim=192)
+        modules.append(ema["WithTeacher"](model, 2, "off", 1.0))
+    for module in modules:
+        if hasattr(module, "teacher"):
+            monkeypatch.setattr(models_mae, "targets", lambda model, imgs, _: model.teach(imgs))
+        imgs = torch.zeros(2, 3, 160, 160, dtype=torch.uint8, device="meta")
+        noise = torch.zeros(2, 100, device="meta")
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            labels = torch.zeros(2, dtype=torch.int64, device="meta")
+            module(imgs, labels, 0.75, noise)["loss"].backward()
+        assert counter.get_total_flops() == 2 * module.model.flops_per_image(160, 0.75)
 
 
 def test_pretrain_stages_have_fields(folder, tmp_path, monkeypatch):
