@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -186,29 +187,44 @@ def data_checksum(loader):
     reader = getattr(loader, "reader", None)
     if reader and "checksum" in reader.settings:
         return reader.settings["checksum"]
+    checksum = 0
     tables = [loader.labels]
-    if reader:
+    if reader:  # FFCV's file
         tables += [reader.sizes, reader.widths, reader.heights]
-    checksum = zlib.crc32("".join(loader.names or ()).encode())
+    else:  # a folder
+        checksum = zlib.crc32("\n".join(loader.names).encode())
     for table in tables:
         checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
     return checksum
 
 
-def same_command(args, folder, free):
-    """Whether this command, but for the flags in `free`, began the run in this folder.
+def is_first_start(args, folder, free):
+    """Whether --resume none or PATH counts: not where the same command began the folder's run.
 
-    --resume none or PATH then counts no more: the run goes on from its last.pt.
+    free: flags in which it may differ. Such a run goes on from its last.pt.
     """
+    last = folder / "last.pt"
+    if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
+        return False
     try:
         before = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError):
-        return False
+        return True
     if args.resume == "none" and before.get("finished"):
-        return False
+        return True
     command = json.loads(json.dumps(vars(args), default=str))
-    return all(before.get(flag) == value for flag, value in command.items()
+    return any(before.get(flag) != value for flag, value in command.items()
                if flag not in free or flag == "resume")
+
+
+def begin_run(args, folder):
+    """An earlier run in the folder goes into old_1/, and --resume PATH becomes last.pt."""
+    tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
+    if args.resume != "none":
+        shutil.copyfile(args.resume, tmp_path)
+    put_aside(folder)
+    if args.resume != "none":
+        os.replace(tmp_path, folder / "last.pt")
 
 
 def put_aside(folder):
@@ -445,9 +461,9 @@ def main(args):
     parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler,
                  loader=loader)
     defaults = vars(get_args(["--finetune=none"]))
-    goes_on = same_command(args, folder, FREE)
+    first_start = is_first_start(args, folder, FREE)
     source = args.resume
-    if goes_on and last.exists():
+    if last.exists() and not first_start:
         source = "auto"
     state = models_mae.resume(source, last, settings, defaults, **parts)
     step = state["step"] if state else 0
@@ -458,8 +474,8 @@ def main(args):
 
     # --- train
     if rank == 0:
-        if args.resume == "none" and not goes_on:
-            put_aside(folder)
+        if first_start:
+            begin_run(args, folder)
         write_args(args, folder, world_size=world)
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     print0(f"{args.finetune} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} "

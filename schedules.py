@@ -139,7 +139,8 @@ def main():
     p.add_argument("--repeat", type=int, default=1, help="masks of each loaded picture in a step")
     args = p.parse_args()
     gflop = {}
-    for name, scheme in PRETRAIN_SCHEMES.items():
+    schemes = {name: [Stage(*row) for row in rows] for name, rows in PRETRAIN_SCHEMES.items()}
+    for name, scheme in schemes.items():
         shares = PRETRAIN_SHARES.get(name, PRETRAIN_STAGES)
         costs = []
         for stage in scheme:
@@ -148,7 +149,7 @@ def main():
                                          decoder_depth=depth))
         gflop[name] = sum(share * cost for share, cost in zip(shares, costs, strict=True)) / 1e9
     print(f"MAE-B/16, {args.decoder_depth} decoder blocks: resolution and mask ratio of each stage")
-    for name, scheme in PRETRAIN_SCHEMES.items():
+    for name, scheme in schemes.items():
         line = f"{name:6}  " + "  ".join(f"{stage.res} {stage.mask_ratio:.2f}" for stage in scheme)
         line += f"  {gflop[name]:7.1f} GFLOP an image,  {gflop[name] / gflop['fixed']:.2f} x fixed"
         if args.tflops:

@@ -2569,9 +2569,20 @@ def test_pretrain_resume_path_counts_once(folder, unbroken, tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 12
     assert train(pretrain, *words) == 0
     check_same_end(tmp_path, unbroken)
-    other = flags(pretrain, folder, tmp_path, "--resume", unbroken / "stage2.pt", "--max-steps", 9)
-    assert train(pretrain, *other) == 0
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 9
+    back = flags(pretrain, folder, tmp_path, "--resume", tmp_path / "stage2.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "lr_at", lambda *args: 1 / 0)  # killed before it saved anything
+        with pytest.raises(ZeroDivisionError):
+            train(pretrain, *back)
+    assert torch.load(tmp_path / "old_1/last.pt", weights_only=True)["step"] == 16
+    train_to_signal(1, pretrain, *back)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 10
+    assert list(log_of(tmp_path)) == [10]
+    # Its own last.pt by name is what auto takes
+    words = flags(pretrain, folder, tmp_path, "--resume", tmp_path / "last.pt")
+    assert train(pretrain, *words) == 0
+    assert not (tmp_path / "old_2").exists()
+    check_same_end(tmp_path, unbroken)
 
 
 def test_pretrain_extends_a_run_when_asked(folder, tmp_path, capsys):
