@@ -13,12 +13,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
 import timeit
 import uuid
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +39,7 @@ from tqdm import tqdm
 
 import models_mae
 from essl_loader import DataError, check_batches, check_classes, check_labels, open_loader
-from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at
+from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at, unused_stages
 
 MIN_LR = 1e-6
 # At magnitude 10 timm's RandAug posterizes to 0 bits, which Pillow refuses
@@ -176,8 +178,77 @@ def lock_folder(folder):
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
-        path.unlink()
+    for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
+        path.unlink()  # of runs that were killed while they saved
+
+
+def data_checksum(loader):
+    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
+    reader = getattr(loader, "reader", None)
+    if reader and "checksum" in reader.settings:
+        return reader.settings["checksum"]
+    checksum = 0
+    tables = [loader.labels]
+    if reader:  # FFCV's file
+        tables += [reader.sizes, reader.widths, reader.heights]
+    else:  # a folder
+        checksum = zlib.crc32("\n".join(loader.names).encode())
+    for table in tables:
+        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
+    return checksum
+
+
+def is_first_start(args, folder, free):
+    """Whether --resume none or PATH counts: not where the same command began the folder's run.
+
+    free: flags in which it may differ. Such a run goes on from its last.pt.
+    """
+    last = folder / "last.pt"
+    if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
+        return False
+    try:
+        before = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return True
+    if args.resume == "none" and before.get("finished"):
+        return True
+    command = json.loads(json.dumps(vars(args), default=str))
+    return any(before.get(flag) != value for flag, value in command.items()
+               if flag not in free or flag == "resume")
+
+
+def begin_run(args, folder):
+    """An earlier run in the folder goes into old_1/, and --resume PATH becomes last.pt."""
+    tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
+    if args.resume != "none":
+        shutil.copyfile(args.resume, tmp_path)
+    put_aside(folder)
+    if args.resume != "none":
+        os.replace(tmp_path, folder / "last.pt")
+
+
+def put_aside(folder):
+    """What an earlier run left in a folder goes into old_1/, or the next free number."""
+    patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
+                "results.jsonl", "events.out.*", "scripts")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not files:
+        return
+    number = 1
+    while (folder / f"old_{number}").exists():
+        number += 1
+    old = folder / f"old_{number}"
+    old.mkdir()
+    for path in files:
+        path.rename(old / path.name)
+    print0(f"The earlier run in {folder} is now in {old}.")
+
+
+def write_args(args, folder, **values):
+    """args.json: the flags of the run in this folder."""
+    tmp_path = folder / f"args.json.tmp-{os.getpid()}"
+    tmp_path.write_text(json.dumps(vars(args) | values, indent=1, default=str))
+    os.replace(tmp_path, folder / "args.json")
 
 
 def check_ranks(**values):
@@ -373,6 +444,8 @@ def main(args):
     if world > 1:
         ddp_model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     compute_scores = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
+    for number in unused_stages(args.epochs, FINETUNE_STAGES):
+        print0(f"Stage {number} gets no epoch: its share of --epochs {args.epochs} is too small.")
     mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
     erase = RandomErasing(args.reprob, mode="pixel", device=device)
 
@@ -386,13 +459,20 @@ def main(args):
 
     # --- resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings)
+    scheme_stages = [stage._asdict() for stage in FINETUNE_SCHEMES[args.scheme]]
+    settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings,
+                     data_checksum=data_checksum(loader), scheme_stages=scheme_stages,
+                     shares=FINETUNE_STAGES)
     settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
     # The prefix "model." is that of pretraining's checkpoints
     parts = dict(modules=nn.ModuleDict({"model": model}), optimizer=optimizer, scaler=scaler,
                  loader=loader)
     defaults = vars(get_args(["--finetune=none"]))
-    state = models_mae.resume(args.resume, last, settings, defaults, **parts)
+    first_start = is_first_start(args, folder, FREE)
+    source = args.resume
+    if last.exists() and not first_start:
+        source = "auto"
+    state = models_mae.resume(source, last, settings, defaults, **parts)
     step = state["step"] if state else 0
     best = state["best"] if state else -1.0
     check_ranks(step=step, batch_size=args.batch_size, **settings)
@@ -401,6 +481,10 @@ def main(args):
         return leave()
 
     # --- train
+    if rank == 0:
+        if first_start:
+            begin_run(args, folder)
+        write_args(args, folder, world_size=world)
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     print0(f"{args.finetune} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} "
            f"x {args.batch_size} x {accum} a step")
@@ -413,12 +497,12 @@ def main(args):
     saved_at = time.monotonic()
     stopping = False
     for epoch in range(step // steps_per_epoch, args.epochs):
-        index, (res, aug, low, high) = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
-                                                FINETUNE_STAGES, size, vit["patch_size"])
-        print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels")
+        index, stage = stage_at(FINETUNE_SCHEMES[args.scheme], epoch, args.epochs,
+                                FINETUNE_STAGES, size, vit["patch_size"])
+        print0(f"epoch {epoch + 1}, stage {index + 1}: {stage.res} pixels")
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
-        loader.set_stage(res=res, scale=(low ** 2, high ** 2))
+        loader.set_stage(res=stage.res, scale=(stage.sigma_min ** 2, stage.sigma_max ** 2))
         batches = iter(loader)
         loss_sum = torch.zeros(2, device=device)  # of this epoch; and how many were finite
         t0 = time.monotonic()
@@ -441,7 +525,7 @@ def main(args):
                 images, targets = next(batches)
                 if args.aug == "3aug":
                     images = three_augment(images)
-                    images = color_jitter(images) if aug == "3aug+" else images
+                    images = color_jitter(images) if stage.aug == "3aug+" else images
                 images = erase(model.normalize(images))
                 if mixing:
                     images, targets = mixup(images, targets)  # targets become (B, classes)
@@ -476,7 +560,7 @@ def main(args):
                                 "Lower --blr and start over with --resume none.")
             img_s = (step - timed_from) * args.total_batch / (time.monotonic() - t0)
             result = evaluate(model, val, autocast)
-            values = dict(epoch=epoch + 1, stage=index + 1, res=res, loss=mean_loss, lr=lr,
+            values = dict(epoch=epoch + 1, stage=index + 1, res=stage.res, loss=mean_loss, lr=lr,
                           img_s=img_s, skipped_steps=skipped, **result)
             print0("  ".join(f"{k} {v:.4g}" for k, v in values.items()))
             log(board, step, **values)
@@ -488,6 +572,8 @@ def main(args):
             break
 
     # --- end
+    if rank == 0 and step == steps:
+        write_args(args, folder, world_size=world, finished=True)
     print0(f"done: {args.epochs} epochs, top-1 {result['top1']:.2f} % of {result['n']:,} pictures, "
            f"best {best:.2f} %, {timedelta(seconds=int(time.monotonic() - start))}, {last}"
            if step == steps else f"stopped at step {step}; the same command goes on from {last}")

@@ -17,11 +17,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
 import uuid
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -164,8 +166,77 @@ def lock_folder(folder):
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
-        path.unlink()
+    for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
+        path.unlink()  # of runs that were killed while they saved
+
+
+def data_checksum(loader):
+    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
+    reader = getattr(loader, "reader", None)
+    if reader and "checksum" in reader.settings:
+        return reader.settings["checksum"]
+    checksum = 0
+    tables = [loader.labels]
+    if reader:  # FFCV's file
+        tables += [reader.sizes, reader.widths, reader.heights]
+    else:  # a folder
+        checksum = zlib.crc32("\n".join(loader.names).encode())
+    for table in tables:
+        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
+    return checksum
+
+
+def is_first_start(args, folder, free):
+    """Whether --resume none or PATH counts: not where the same command began the folder's run.
+
+    free: flags in which it may differ. Such a run goes on from its last.pt.
+    """
+    last = folder / "last.pt"
+    if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
+        return False
+    try:
+        before = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return True
+    if args.resume == "none" and before.get("finished"):
+        return True
+    command = json.loads(json.dumps(vars(args), default=str))
+    return any(before.get(flag) != value for flag, value in command.items()
+               if flag not in free or flag == "resume")
+
+
+def begin_run(args, folder):
+    """An earlier run in the folder goes into old_1/, and --resume PATH becomes last.pt."""
+    tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
+    if args.resume != "none":
+        shutil.copyfile(args.resume, tmp_path)
+    put_aside(folder)
+    if args.resume != "none":
+        os.replace(tmp_path, folder / "last.pt")
+
+
+def put_aside(folder):
+    """What an earlier run left in a folder goes into old_1/, or the next free number."""
+    patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
+                "results.jsonl", "events.out.*", "scripts")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not files:
+        return
+    number = 1
+    while (folder / f"old_{number}").exists():
+        number += 1
+    old = folder / f"old_{number}"
+    old.mkdir()
+    for path in files:
+        path.rename(old / path.name)
+    print0(f"The earlier run in {folder} is now in {old}.")
+
+
+def write_args(args, folder, **values):
+    """args.json: the flags of the run in this folder."""
+    tmp_path = folder / f"args.json.tmp-{os.getpid()}"
+    tmp_path.write_text(json.dumps(vars(args) | values, indent=1, default=str))
+    os.replace(tmp_path, folder / "args.json")
 
 
 def check_ranks(**values):
@@ -345,8 +416,14 @@ def main(args):
     settings |= dict(num_samples=len(loader.indices), classes=classes, size=size, **vit)
     settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
     parts = dict(head=head, optimizer=optimizer)
-    state = models_mae.resume("none" if args.knn else args.resume, last, settings,
-                              vars(get_args(["--checkpoint="])), **parts)
+    settings["data_checksum"] = data_checksum(loader)
+    first_start = is_first_start(args, folder, FREE)
+    source = args.resume
+    if last.exists() and not first_start:
+        source = "auto"
+    if args.knn:
+        source = "none"
+    state = models_mae.resume(source, last, settings, vars(get_args(["--checkpoint="])), **parts)
     step = state["step"] if state else 0
     check_ranks(step=step, batch_size=args.batch_size, **settings)
     if stored:
@@ -375,6 +452,10 @@ def main(args):
         return leave()
 
     # --- train
+    if rank == 0:
+        if first_start:
+            begin_run(args, folder)
+        write_args(args, folder, world_size=world)
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     print0(f"{args.checkpoint}, {args.pool} features, from step {step} of {steps}, {device.type}")
 
@@ -439,6 +520,8 @@ def main(args):
     # --- end
     if board:
         board.close()
+    if rank == 0 and step == steps:
+        write_args(args, folder, world_size=world, finished=True)
     if step == steps:
         finish("linear probe", measure(head.eval(), args.batch_size))  # of a finished run too
     else:

@@ -33,10 +33,25 @@ class WeightsError(ValueError):
     """A checkpoint, a size or a mask ratio that does not fit, and what to do."""
 
 
-# --- masking: replace this one function to try another mask; training and pictures use it
-def masking_noise(shape, generator=None, device=None):
-    """shape (..., L) -> random numbers, patches row by row: the smallest K stay visible."""
+# --- what is masked and what is predicted: replace these two functions to try something else
+def masking_noise(shape, generator=None, device=None, progress=0.0):
+    """shape (..., L) -> random numbers, patches row by row: the smallest K stay visible.
+
+    progress: how much of the run is done, 0 to 1. Training and pictures call it with the same.
+    """
     return torch.rand(shape, generator=generator, device=device)
+
+
+def targets(model, imgs, progress):
+    """Normalised float (B, 3, H, W) -> what is predicted of each patch, (B, L, T).
+
+    T is free: the decoder's last layer follows it. The loss normalises each patch's T numbers,
+    unless with --no-norm-pix-loss. progress: a tensor (), 0 to 1, how much of the run is done.
+    """
+    return model.patchify(imgs)
+
+
+TARGETS_ARE_PIXELS = True  # False where targets() gives features, of which no pictures are made
 
 
 # --- counting
@@ -71,7 +86,8 @@ def num_decoded(num_patches, kept, decoder_keep):
 
 
 def flops_per_image(resolution, mask_ratio, decoder_keep=1.0, patch_size=16, embed_dim=768,
-                    depth=12, decoder_embed_dim=512, decoder_depth=8, mlp_ratio=4.0, **_):
+                    depth=12, decoder_embed_dim=512, decoder_depth=8, mlp_ratio=4.0,
+                    target_dim=None, **_):
     """FLOPs to train on one masked picture with a model's `settings`; a multiply-add is 2.
 
     Backward is twice forward, once for the patch embedding; recomputing is not counted.
@@ -86,7 +102,7 @@ def flops_per_image(resolution, mask_ratio, decoder_keep=1.0, patch_size=16, emb
     forward = blocks(1 + kept, embed_dim, depth)
     forward += (1 + kept) * embed_dim * decoder_embed_dim
     forward += blocks(1 + kept + decoded, decoder_embed_dim, decoder_depth)
-    forward += (kept + decoded) * decoder_embed_dim * pixels
+    forward += (kept + decoded) * decoder_embed_dim * (target_dim or pixels)
     return 2 * (3 * forward + 2 * kept * pixels * embed_dim)
 
 
@@ -100,10 +116,21 @@ def sincos_table(dim, grid):
 
 
 # --- common to both models
-def init_weights(model):
-    """MAE's initial weights; ImageNet's mean and deviation as buffers that no checkpoint holds."""
-    for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of red, green and blue, where white is 1
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+def set_normalization(model, mean, std):
+    """Mean and deviation of three colours as buffers that no checkpoint holds: settings do."""
+    if not (max(*mean, *std) <= 1 and min(mean) >= 0 and min(std) > 0):
+        raise WeightsError(f"mean {mean} and deviation {std} of red, green and blue: give numbers "
+                           "from 0 to 1, where white is 1 (those of 0 to 255, divided by 255).")
+    for name, rgb in (("mean", mean), ("std", std)):
         model.register_buffer(name, torch.tensor(rgb).view(1, 3, 1, 1), persistent=False)
+
+
+def init_weights(model):
+    """MAE's initial weights."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -125,7 +152,7 @@ def warn_of_range(imgs):
 
 
 def normalize(model, imgs):
-    """uint8 (B, 3, H, W) -> float, ImageNet's mean 0 and deviation 1; float stays as it is."""
+    """uint8 (B, 3, H, W) -> float, of the model's mean and deviation; float stays as it is."""
     if not imgs.is_floating_point():
         return (imgs.float() / 255 - model.mean) / model.std
     in_training_step = model.training and torch.is_grad_enabled()
@@ -158,14 +185,24 @@ class MaskedAutoencoderViT(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0,
-                 norm_pix_loss=True):
+                 norm_pix_loss=True, target_dim=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.settings = settings  # shapes do not tell the head counts
         self.patch_size = patch_size
         self.norm_pix_loss = norm_pix_loss
         self.recompute = False
+        self.active_decoder_blocks = decoder_depth  # a stage may use the first ones alone
         grid = count_patches(img_size, patch_size)
+        # How much of a run is done: pretrain.py sets it. A tensor, so that nothing is recompiled
+        self.register_buffer("progress", torch.zeros(()), persistent=False)
+        set_normalization(self, mean, std)
+        if target_dim is None:
+            blank = torch.zeros(1, 3, img_size, img_size)
+            target_dim = targets(self, blank, self.progress).shape[2]
+        num_pixels = patch_size ** 2 * 3
+        settings |= dict(target_dim=target_dim, mean=list(mean), std=list(std))
+        self.predicts_pixels = TARGETS_ARE_PIXELS and target_dim == num_pixels
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
         def make_blocks(width, heads, depth):
@@ -184,7 +221,7 @@ class MaskedAutoencoderViT(nn.Module):
                                               requires_grad=False)
         self.decoder_blocks = make_blocks(decoder_embed_dim, decoder_num_heads, decoder_depth)
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size ** 2 * 3)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, target_dim)
 
         init_weights(self)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -207,6 +244,13 @@ class MaskedAutoencoderViT(nn.Module):
         """(B, 3, H, W) -> rows and columns of patches. Raises WeightsError if not whole ones."""
         height, width = imgs.shape[-2:]
         return count_patches(height, self.patch_size), count_patches(width, self.patch_size)
+
+    def flops_per_image(self, resolution, mask_ratio, decoder_keep=1.0, **changed):
+        """FLOPs to train on one masked picture. A model that computes something else has its own.
+
+        changed: what differs from the settings, such as a stage's decoder_depth.
+        """
+        return flops_per_image(resolution, mask_ratio, decoder_keep, **(self.settings | changed))
 
     def run_blocks(self, blocks, x):
         """x (B, N, D) through blocks -> (B, N, D)"""
@@ -236,7 +280,7 @@ class MaskedAutoencoderViT(nn.Module):
         return self.norm(self.run_blocks(self.blocks, x)), mask, ids_restore
 
     def forward_decoder(self, latent, ids_restore, decoder_keep=1.0, grid=None):
-        """latent (B, 1 + K, D), ids_restore (B, L) -> predicted patches (B, L, P).
+        """latent (B, 1 + K, D), ids_restore (B, L) -> predicted targets (B, L, T).
 
         grid: rows and columns of patches; None: a square picture.
         decoder_keep < 1 reconstructs that share of the removed patches, those of the next smallest
@@ -253,24 +297,35 @@ class MaskedAutoencoderViT(nn.Module):
         mask_tokens = self.mask_token.to(x.dtype).expand(B, N, -1)
         x = torch.cat([x, mask_tokens], dim=1)  # (B, 1 + K + N, decoder D)
         x = x + torch.take_along_dim(pos, positions[..., None], dim=1)
-        x = self.run_blocks(self.decoder_blocks, x)
-        pred = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, K + N, P)
+        x = self.run_blocks(self.decoder_blocks[:self.active_decoder_blocks], x)
+        pred = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, K + N, T)
         index = ids_shuffle[..., None].expand(-1, -1, pred.shape[2])
         return pred.new_zeros(B, L, pred.shape[2]).scatter(1, index, pred)
 
+    @torch.no_grad()
+    def normalized_targets(self, imgs):
+        """What targets() gives in float32, (B, L, T), normalised; each patch's mean, deviation.
+
+        No gradient goes into a target.
+        """
+        imgs = self.normalize(imgs)
+        imgs = imgs.to(torch.promote_types(imgs.dtype, torch.float32))
+        target = targets(self, imgs, self.progress).to(imgs.dtype)  # (B, L, T)
+        if not self.norm_pix_loss:
+            return target, 0.0, 1.0
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # (B, L, 1)
+        std = (var + 1e-6) ** 0.5
+        return (target - mean) / std, mean, std
+
     def forward_loss(self, imgs, pred, mask):
         """Mean square error over the patches with mask 1, in float32; a mask of zeros means all."""
-        imgs = self.normalize(imgs)
-        target = self.patchify(imgs.to(torch.promote_types(imgs.dtype, torch.float32)))  # (B, L, P)
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6) ** 0.5
+        target, _, _ = self.normalized_targets(imgs)
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (B, L)
         mask = torch.where(mask.any(), mask, torch.ones_like(mask)).to(loss.dtype)
         return (loss * mask).sum() / mask.sum()
 
     def forward(self, imgs, mask_ratio=0.75, noise=None, decoder_keep=1.0, return_latent=False):
-        """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, P), mask (B, L).
+        """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, T), mask (B, L).
 
         Height and width may be any multiples of the patch: the position tables are resampled.
         noise (B, L) fixes the mask, 1 = removed. With decoder_keep < 1 the mask is 1 only where a
@@ -287,20 +342,28 @@ class MaskedAutoencoderViT(nn.Module):
         return (loss, pred, mask, latent) if return_latent else (loss, pred, mask)
 
     @torch.no_grad()
-    def reconstruct(self, imgs, mask_ratio=0.75, noise=None):
+    def reconstruct(self, imgs, mask_ratio=0.75, noise=None, with_zero=False):
         """(B, 3, H, W) -> (3, B, 3, H, W) in [0, 1]: original, what is seen, reconstruction.
 
-        A patch that was normalised for the loss gets back its own mean and deviation.
+        A patch that was normalised for the loss gets back its own mean and deviation, which the
+        model has not predicted. with_zero adds a fourth, the reconstruction if all predictions were
+        0: what is better in the third was learned. WeightsError where the targets are no pixels.
         """
+        if not self.predicts_pixels:
+            raise WeightsError("this model predicts no pixels: there is nothing to show of it.")
         _, pred, mask = self(imgs, mask_ratio, noise)
         patches = self.patchify(self.normalize(imgs))
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            pred = pred.float() * (var + 1e-6) ** 0.5 + mean
+        _, mean, std = self.normalized_targets(imgs)
+        zero = torch.zeros_like(pred).float() * std + mean
+        pred = pred.float() * std + mean
         visible = patches * (1 - mask[..., None])
-        rows = torch.cat([patches, visible, visible + pred * mask[..., None]])  # (3 B, L, P)
+        rows = [patches, visible, visible + pred * mask[..., None]]
+        if with_zero:
+            rows.append(visible + zero * mask[..., None])
+        count = len(rows)
+        rows = torch.cat(rows)  # (3 B or 4 B, L, P)
         pixels = (self.unpatchify(rows, self.grid_of(imgs)) * self.std + self.mean).clamp(0, 1)
-        return pixels.unflatten(0, (3, -1))
+        return pixels.unflatten(0, (count, -1))
 
     def forward_whole(self, imgs):
         """Whole pictures (B, 3, H, W) -> the final tokens (B, 1 + L, D), in order, class first."""
@@ -356,11 +419,14 @@ class ViT(VisionTransformer):
     normalize = normalize
 
     def __init__(self, settings, img_size=224, classes=1000, pool="fc_norm", drop_path=0.0):
+        sizes = {k: v for k, v in settings.items() if k not in ("mean", "std")}
         super().__init__(img_size, num_classes=classes, fc_norm=pool == "fc_norm",
                          global_pool="token" if pool == "cls" else "avg", dynamic_img_size=True,
                          drop_path_rate=drop_path, norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                         **settings)
+                         **sizes)
         self.settings = settings | {"img_size": img_size}
+        set_normalization(self, settings.get("mean", IMAGENET_MEAN),
+                          settings.get("std", IMAGENET_STD))
         init_weights(self)
         grid = count_patches(img_size, settings["patch_size"])
         self.pos_embed.data.copy_(sincos_table(settings["embed_dim"], grid))
@@ -569,7 +635,10 @@ def read_weights(path):
     if "modules" in state and "model" in state:  # ours; beside the model's they hold the probe's
         weights = {k[6:]: v for k, v in state["modules"].items() if k.startswith("model.")}
         check_finite(weights, path)
-        return weights, dict(state["model"]), state.get("classes")
+        settings = dict(state["model"])
+        if "model_class" in state:
+            settings["model_class"] = state["model_class"]
+        return weights, settings, state.get("classes")
 
     containers = [name for name in CONTAINERS if holds_tensors(state.get(name))]
     if len(containers) > 1:
@@ -603,32 +672,35 @@ def read_weights(path):
 def vit_settings(name, ckpt_settings, path):
     """Encoder settings from a name in VIT_SIZES or None, and a checkpoint's ({} when from scratch).
 
-    Raises WeightsError where the two differ, in the head count too, which no shape would show.
+    With the mean and deviation of its pictures, if the checkpoint tells them. Raises WeightsError
+    where the two differ, in the head count too, which no shape would show.
     """
+    normalization = {k: ckpt_settings[k] for k in ("mean", "std") if k in ckpt_settings}
     if not name and "num_heads" in ckpt_settings:  # ours
-        return {k: ckpt_settings[k] for k in size_of("vit_base_patch16")}
+        return {k: ckpt_settings[k] for k in size_of("vit_base_patch16")} | normalization
     candidates = [name] if name else VIT_SIZES if ckpt_settings else ["vit_base_patch16"]
     for candidate in candidates:
         size = size_of(candidate)
         mismatches = [f"{k} {ckpt_settings[k]} there, {v} here" for k, v in size.items()
                       if ckpt_settings.get(k, v) != v]
         if not mismatches:
-            return size
+            return size | normalization
     raise WeightsError(f"{path} is not {name or 'of a known size'}: {', '.join(mismatches)}.")
 
 
-def resume(resume, last, settings, defaults, **parts):
+def resume(resume, last, settings, defaults, extendable=(), extend=False, **parts):
     """The state that a run goes on from, loaded into its parts, or None. Raises WeightsError.
 
     resume: "auto" (from `last` if there), "none" or a path. A setting that the checkpoint does not
-    know counts as its default.
+    know counts as its default, and without a default as the same. extend: whether those that are
+    extendable may differ.
     """
     path = last if resume == "auto" else resume
     if resume == "none" or (resume == "auto" and not last.exists()):
         return None
     try:
         state = read_file(path)
-        saved = dict.fromkeys(settings) | defaults | state["settings"]
+        saved = settings | defaults | state["settings"]
         missing = set(parts) - set(state)
     except WeightsError as e:
         raise WeightsError(f"{e} Or start over: --resume none.") from None
@@ -637,10 +709,15 @@ def resume(resume, last, settings, defaults, **parts):
     if missing:
         raise WeightsError(f"{path} is not a checkpoint of such a run: it has no "
                            f"{', '.join(sorted(missing))}. --resume none starts over.")
-    mismatches = [f"{k}: {saved[k]} there, {v} here" for k, v in settings.items() if saved[k] != v]
-    if mismatches:
-        raise WeightsError(f"{path} is of a run with other settings: {'; '.join(mismatches)}. Give "
-                           "the same, another --output-dir, or --resume none to start over.")
+    different = [k for k, v in settings.items() if saved[k] != v]
+    if extend:
+        different = [k for k in different if k not in extendable]
+    if different:
+        mismatches = "; ".join(f"{k}: {saved[k]} there, {settings[k]} here" for k in different)
+        remedy = "Give the same, another --output-dir, or --resume none to start over."
+        if set(different) <= set(extendable):
+            remedy += " Or add --extend, and the run goes on with the new ones."
+        raise WeightsError(f"{path} is of a run with other settings: {mismatches}. {remedy}")
     for name in parts:
         check_finite(state[name], path)
     for name, part in parts.items():
@@ -675,6 +752,11 @@ def init_from(model, name, path):
     """Starts mae_{name} from a checkpoint -> whether its decoder fitted too. WeightsError."""
     weights, ckpt_settings, _ = read_weights(path)
     vit_settings(name, ckpt_settings, path)
+    for key in ("mean", "std"):
+        theirs = ckpt_settings.get(key, model.settings[key])
+        if theirs != model.settings[key]:
+            raise WeightsError(f"{path} takes pictures of {key} {theirs}: give these numbers to "
+                               f"--{key}.")
     own = model.state_dict()
     weights |= {k: own[k] for k in own if "pos_embed" in k}  # fixed, of this size
     decoder = [k for k in (*own, *weights) if k.startswith(("mask_token", "decoder"))]
@@ -695,15 +777,20 @@ def decoder_heads(settings, path):
                        f"load_mae({str(path)!r}, decoder_num_heads=N).")
 
 
-def load_mae(path, **settings):
+def load_mae(path, model_class=MaskedAutoencoderViT, **settings):
     """A trained MaskedAutoencoderViT in eval mode, from what read_weights reads. WeightsError.
 
+    model_class: a class of your own, which is in the checkpoint by its name; another's is refused.
     settings: what an official file does not tell, such as norm_pix_loss=False.
     """
     weights, ckpt_settings, _ = read_weights(path)
-    if "decoder_embed.weight" not in weights:
+    if "decoder_pred.weight" not in weights:
         raise WeightsError(f"{path} has no decoder: it is not a masked autoencoder's.")
     found = ckpt_settings | settings
+    made_by = found.pop("model_class", model_class.__name__)
+    if made_by != model_class.__name__:
+        raise WeightsError(f"{path} is of the class {made_by}, not {model_class.__name__}: give "
+                           f"it, load_mae({str(path)!r}, {made_by}).")
     if "decoder_depth" not in ckpt_settings:  # from the weights' shapes
         found |= vit_settings(None, found, path)
         found["decoder_embed_dim"] = weights["mask_token"].shape[2]
@@ -711,14 +798,15 @@ def load_mae(path, **settings):
                                      name.endswith("norm1.weight") for name in weights)
         if "decoder_num_heads" not in found:
             found["decoder_num_heads"] = decoder_heads(found, path)
-    model = MaskedAutoencoderViT(**found)
+    found["target_dim"] = len(weights["decoder_pred.bias"])
+    model = model_class(**found)
     load_into(model, weights, path)
     return model.eval()
 
 
 def export_timm(source, out, num_classes):
     """Writes the encoder as a file for timm.create_model -> its last line for the user."""
-    weights, _, _ = read_weights(source)
+    weights, ckpt_settings, _ = read_weights(source)
     # Without mask_token, for which timm would take it for DINOv2
     left_out = ("mask_token", "decoder") if num_classes else ("mask_token", "decoder", "head.")
     weights = {k: v for k, v in weights.items() if not k.startswith(left_out)}
@@ -736,7 +824,12 @@ def export_timm(source, out, num_classes):
     finally:
         tmp_path.unlink(missing_ok=True)
     pool = "avg" if "fc_norm.weight" in weights else "token"
-    return f"{out}: {len(weights)} tensors, for timm.create_model(..., global_pool={pool!r})"
+    line = f"{out}: {len(weights)} tensors, for timm.create_model(..., global_pool={pool!r})"
+    mean = ckpt_settings.get("mean", IMAGENET_MEAN)
+    std = ckpt_settings.get("std", IMAGENET_STD)
+    if (mean, std) != (IMAGENET_MEAN, IMAGENET_STD):
+        line += f", of pictures normalised by mean {mean} and deviation {std}"
+    return line
 
 
 def export_hf(source, out):

@@ -8,22 +8,30 @@ Give the same command again and the run goes on from last.pt. The last line is t
     done: 24 epochs, loss 1.366 -> 0.273, probe top-1 92.5 %, H:MM:SS, runs/demo/last.pt
 """
 import argparse
+import ast
 import fcntl
 import functools
+import hashlib
+import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -34,8 +42,10 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import models_mae
+import schedules
 from essl_loader import DataError, check_batches, check_classes, labels_fault, open_loader
-from schedules import PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, lr_at, stage_at
+from schedules import (PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, Stage, lr_at,
+                       stage_at, unused_stages)
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
@@ -46,7 +56,8 @@ NEWTON_SCHULZ = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
 # Flags that a resumed run may change; all others must be those of the run before
 FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "recompute", "resume",
-        "num_workers", "save_minutes", "viz_every", "max_steps", "benchmark")
+        "num_workers", "save_minutes", "viz_every", "max_steps", "benchmark", "extend")
+EXTENDABLE = ("epochs", "warmup_epochs", "blr", "stages")  # these it may change with --extend
 
 
 def get_args(argv):
@@ -78,13 +89,16 @@ def get_args(argv):
     add("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--resume", default="auto", help="auto: from the run's last.pt if there; none; or a PATH")
+    add("--extend", action="store_true", help="go on with other --epochs, --blr or --stages")
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
     add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
-    add("--viz-every", type=int, default=20, help="epochs between reconstruction pictures")
+    add("--viz-every", type=int, default=20, help="epochs between reconstructions; 0: never")
     add("--max-steps", type=int, default=0, help="save and stop after this step; 0: never")
     add("--benchmark", type=int, default=0, metavar="N", help="only time N steps of each stage")
     add("--init", help="start from weights: ours, official MAE's, timm's, Hugging Face's")
+    for name, default in (("--mean", models_mae.IMAGENET_MEAN), ("--std", models_mae.IMAGENET_STD)):
+        add(name, type=float, nargs=3, default=default, help="of red, green, blue, from 0 to 1")
     add("--norm-pix-loss", action=on_off, default=True, help="targets are normalised per patch")
     words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     if "--demo" in words:
@@ -92,15 +106,23 @@ def get_args(argv):
     args = p.parse_args(words)
     args.stages = args.stages or list(PRETRAIN_SHARES.get(args.scheme, PRETRAIN_STAGES))
     try:
-        stage_at(PRETRAIN_SCHEMES[args.scheme], 0, args.epochs, args.stages)
+        stage_at(scheme_of(args), 0, args.epochs, args.stages)
     except ValueError as e:
         p.error(f"--stages: {e}")
-    if min(args.epochs, args.repeat, args.viz_every) < 1 or not 0 < args.decoder_keep <= 1:
+    if min(args.epochs, args.repeat) < 1 or not 0 < args.decoder_keep <= 1:
         p.error("counts start at 1; --decoder-keep goes from above 0 to 1.")
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
         print0(f"--warmup-epochs is shortened to {args.warmup_epochs:g}, a quarter of --epochs.")
     return args
+
+
+def scheme_of(args):
+    """The Stages of --scheme, with --mask-ratio if it is given."""
+    scheme = [Stage(*row) for row in PRETRAIN_SCHEMES[args.scheme]]
+    if args.mask_ratio is not None:
+        scheme = [stage._replace(mask_ratio=args.mask_ratio) for stage in scheme]
+    return scheme
 
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
@@ -187,8 +209,77 @@ def lock_folder(folder):
         return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    for path in folder.glob("*.pt.tmp-*"):  # of runs that were killed while they saved
-        path.unlink()
+    for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
+        path.unlink()  # of runs that were killed while they saved
+
+
+def data_checksum(loader):
+    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
+    reader = getattr(loader, "reader", None)
+    if reader and "checksum" in reader.settings:
+        return reader.settings["checksum"]
+    checksum = 0
+    tables = [loader.labels]
+    if reader:  # FFCV's file
+        tables += [reader.sizes, reader.widths, reader.heights]
+    else:  # a folder
+        checksum = zlib.crc32("\n".join(loader.names).encode())
+    for table in tables:
+        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
+    return checksum
+
+
+def is_first_start(args, folder, free):
+    """Whether --resume none or PATH counts: not where the same command began the folder's run.
+
+    free: flags in which it may differ. Such a run goes on from its last.pt.
+    """
+    last = folder / "last.pt"
+    if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
+        return False
+    try:
+        before = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return True
+    if args.resume == "none" and before.get("finished"):
+        return True
+    command = json.loads(json.dumps(vars(args), default=str))
+    return any(before.get(flag) != value for flag, value in command.items()
+               if flag not in free or flag == "resume")
+
+
+def begin_run(args, folder):
+    """An earlier run in the folder goes into old_1/, and --resume PATH becomes last.pt."""
+    tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
+    if args.resume != "none":
+        shutil.copyfile(args.resume, tmp_path)
+    put_aside(folder)
+    if args.resume != "none":
+        os.replace(tmp_path, folder / "last.pt")
+
+
+def put_aside(folder):
+    """What an earlier run left in a folder goes into old_1/, or the next free number."""
+    patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
+                "results.jsonl", "events.out.*", "scripts")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not files:
+        return
+    number = 1
+    while (folder / f"old_{number}").exists():
+        number += 1
+    old = folder / f"old_{number}"
+    old.mkdir()
+    for path in files:
+        path.rename(old / path.name)
+    print0(f"The earlier run in {folder} is now in {old}.")
+
+
+def write_args(args, folder, **values):
+    """args.json: the flags of the run in this folder."""
+    tmp_path = folder / f"args.json.tmp-{os.getpid()}"
+    tmp_path.write_text(json.dumps(vars(args) | values, indent=1, default=str))
+    os.replace(tmp_path, folder / "args.json")
 
 
 def check_ranks(**values):
@@ -243,7 +334,12 @@ def log(board, step, **values):  # board is None on all ranks but 0
 
 
 class ModelWithProbe(nn.Module):
-    """Model and online probe (BatchNorm, linear) in one forward, for DDP and torch.compile."""
+    """Model and online probe (BatchNorm, linear) in one forward, for DDP and torch.compile.
+
+    All parameters of this module that take gradients are trained, those of modules that are added
+    to it too. What has the attribute `persistent = False`, such as a frozen teacher, is in no
+    checkpoint, and no checkpoint changes it.
+    """
 
     def __init__(self, model, classes, probe, decoder_keep):
         super().__init__()
@@ -255,19 +351,116 @@ class ModelWithProbe(nn.Module):
             nn.BatchNorm1d(width, track_running_stats=False), nn.Linear(width, classes))
 
     def forward(self, images, labels, mask_ratio, noise):
-        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> loss to minimise, MAE loss"""
+        """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> {name: scalar}.
+
+        The sum of "loss" and "probe_loss", if there is one, is minimised. The means of all scalars
+        reach the log, TensorBoard and the bar under their names.
+        """
         repeat = len(noise) // len(images)  # R: neighbours are masks of the same picture
         images = images.repeat_interleave(repeat, dim=0)
         labels = labels.repeat_interleave(repeat, dim=0)
         loss, _, _, latent = self.model(images, mask_ratio, noise, self.decoder_keep,
                                         return_latent=True)
+        return {"loss": loss, **self.probe_loss(images, labels, latent)}
+
+    def probe_loss(self, images, labels, latent):
+        """The online probe's loss, whose gradient reaches the head alone; {} without a probe."""
         if self.probe == "off":
-            return loss, loss.detach()
+            return {}
         features = latent[:, 1:].mean(dim=1).detach()  # (B, D)
         if self.probe == "full":
             features = self.model.features(images)  # without gradients
-        probe_loss = nn.functional.cross_entropy(self.head(features.float()), labels)
-        return loss + probe_loss, loss.detach()
+        return {"probe_loss": nn.functional.cross_entropy(self.head(features.float()), labels)}
+
+    def after_step(self, step):
+        """Called when a step is done, the first one as 1: for an EMA teacher."""
+
+    def state_dict(self, **options):
+        state = super().state_dict(**options)
+        for prefix in self.not_saved():
+            state = {name: v for name, v in state.items() if not name.startswith(prefix)}
+        return state
+
+    def load_state_dict(self, state):
+        prefixes = self.not_saved()
+        own = {k: v for k, v in super().state_dict().items() if k.startswith(prefixes)}
+        return super().load_state_dict(state | own)
+
+    def not_saved(self):
+        """The prefixes of the names of what has `persistent = False`."""
+        return tuple(name + "." for name, part in self.named_modules()
+                     if not getattr(part, "persistent", True))
+
+
+def total_loss(scalars):
+    """What a step minimises."""
+    return scalars["loss"] + scalars.get("probe_loss", 0)
+
+
+def parameter_groups(module, weight_decay):
+    """All of the module's parameters that take gradients; the probe's head is the last group."""
+    head = list(module.head.parameters())
+    groups = param_groups_weight_decay(module, weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if all(p is not other for other in head)]
+    groups.append({"params": head, "weight_decay": 0.0})  # constant rate
+    return groups
+
+
+def check_groups(module, optimizer):
+    """Ends the run where a parameter gets a gradient and is in no group: it would not change."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name, p in module.named_parameters()
+            if p.grad is not None and id(p) not in trained]
+    if lost:
+        raise models_mae.WeightsError(
+            f"{', '.join(lost)}: not trained, for the optimizer was made before they took "
+            "gradients. Make them, and set requires_grad, in the module's __init__.")
+
+
+def scripts():
+    """The files that make a run: these three, and one that imports them."""
+    files = [__file__, models_mae.__file__, schedules.__file__]
+    files.append(getattr(sys.modules["__main__"], "__file__", __file__))  # notebooks have none
+    return list(dict.fromkeys(Path(file).resolve() for file in files))  # each once
+
+
+def keep_scripts(folder, step):
+    """Copies them into a run's folder, under the step from which they make it, where they differ
+    from the newest copies there."""
+    folder.mkdir(exist_ok=True)
+    copies = sorted(folder.glob("from_step_*"), key=lambda path: int(path.name.split("_")[2]))
+    newest = copies[-1] if copies else folder / "none"
+    if all((newest / path.name).is_file() and
+           (newest / path.name).read_bytes() == path.read_bytes() for path in scripts()):
+        return
+    target = folder / f"from_step_{step}"
+    target.mkdir(exist_ok=True)
+    for path in scripts():
+        shutil.copyfile(path, target / path.name)
+
+
+def source_of(function):
+    """crc32 of a function's code, without its comments and its docstring; None without a source."""
+    try:
+        text = inspect.getsource(function)
+        tree = ast.parse(textwrap.dedent(text))
+    except (OSError, TypeError):
+        return None
+    except SyntaxError:  # a lambda amid a call
+        return zlib.crc32(text.encode())
+    definition = tree.body[0]
+    if isinstance(definition, ast.FunctionDef) and ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return zlib.crc32(ast.unparse(tree).encode())
+
+
+def draw_noise(shape, model, res, seed, progress, device):
+    """The one call of masking_noise for training and pictures: (*shape, L) of a seed alone."""
+    rng = torch.Generator(device).manual_seed(seed)
+    L = (res // model.patch_size) ** 2
+    model.progress.fill_(progress)  # for targets()
+    return models_mae.masking_noise((*shape, L), rng, device, progress=progress)
 
 
 @torch.no_grad()
@@ -285,12 +478,13 @@ def probe_accuracy(module, loader, autocast):
 
 
 @torch.no_grad()
-def save_reconstructions(model, loader, mask_ratio, board, epoch, step):
-    """recon_*.png: original, what the encoder saw, reconstruction; four pictures a row."""
+def save_reconstructions(model, loader, mask_ratio, progress, board, epoch, step):
+    """recon_*.png, three pictures a row: original, what the encoder saw, reconstruction, and what
+    the prediction 0 would show, which takes nothing to learn."""
     images = next(iter(loader))[0][:12]
-    rng = torch.Generator(loader.device).manual_seed(0)  # the same masks each time
-    noise = models_mae.masking_noise(model.patchify(images).shape[:2], rng, loader.device)  # (B, L)
-    parts = model.reconstruct(images, mask_ratio, noise)  # (3, B, 3, H, W)
+    # The same seed each time: the same masks, if masking_noise does not change with progress
+    noise = draw_noise((len(images),), model, images.shape[-1], 0, progress, loader.device)
+    parts = model.reconstruct(images, mask_ratio, noise, with_zero=True)  # (4, B, 3, H, W)
     grid = make_grid(parts.transpose(0, 1).flatten(0, 1), nrow=12)
     save_image(grid, Path(board.log_dir, f"recon_{epoch:04d}.png"))
     board.add_image("reconstructions", grid, step)
@@ -350,7 +544,8 @@ class Window:
 
     def __init__(self, device, compiles=False):
         self.steps = 0
-        self.losses = torch.zeros(2, device=device)  # sum of the finite ones, how many they are
+        self.device = device
+        self.sums = {}  # of each scalar: sum of the finite ones, how many they are
         self.start_clock()
         self.compiles = compiles  # in its first step
 
@@ -361,16 +556,25 @@ class Window:
         self.t0 = time.monotonic()
         self.compiles = False
 
-    def mean_loss(self, scaler, enough):
-        """Of the finite ones. DataError if over `enough` steps had none, or were all skipped."""
+    def add(self, scalars):
+        """Adds a micro-batch's {name: scalar}, without waiting for the GPU."""
+        for name, value in scalars.items():
+            value = value.detach()
+            sums = self.sums.setdefault(name, torch.zeros(2, device=self.device))
+            sums += torch.stack([value.nan_to_num(0, 0, 0), value.isfinite()])
+
+    def means(self, scaler, enough):
+        """{name: mean} of the finite ones. DataError if over `enough` steps had no finite loss, or
+        were all skipped."""
+        sums = torch.stack(list(self.sums.values()))  # (names, 2)
         if dist.is_initialized():
-            dist.all_reduce(self.losses)
-        mean = self.losses[0] / self.losses[1]
+            dist.all_reduce(sums)
+        means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
         all_skipped = scaler.get_scale() <= 0.5 ** self.steps  # each skipped step halved it
-        if self.steps > enough and (all_skipped or not mean.isfinite()):
+        if self.steps > enough and (all_skipped or not math.isfinite(means["loss"])):
             raise DataError("Loss or gradients are not finite. Lower --blr, --resume none anew.")
         scaler.update(1.0)  # counts the skips of the next window
-        return mean.item()
+        return means
 
     def rates(self, gpu_batch, world, flops):
         """Images/s, share of waiting; of a GPU TFLOP/s, MFU if its peak is known, GiB reserved."""
@@ -385,17 +589,35 @@ class Window:
         return row
 
 
+def complete_stages(scheme, model, optimizer):
+    """Stages with tuples for their crops' scale and numbers for their decoder's blocks."""
+    available = len(model.decoder_blocks)
+    complete = []
+    for number, stage in enumerate(scheme, start=1):
+        depth = stage.decoder_depth or available
+        if depth > available:
+            raise models_mae.WeightsError(
+                f"stage {number} takes {depth} decoder blocks, but the model has {available}: give "
+                f"--decoder-depth {depth} or more.")
+        if depth < available and optimizer == "muon":
+            raise models_mae.WeightsError(
+                f"stage {number} takes {depth} of {available} decoder blocks, but Muon steps them "
+                "together: take --optimizer adamw, or one depth by --decoder-depth.")
+        complete.append(stage._replace(scale=tuple(stage.scale), decoder_depth=depth))
+    return complete
+
+
 def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, flops):
     """Times N steps of --batch-size in each stage: on random pictures, then with the loader."""
-    for (res, mask_ratio), source in itertools.product(flops, ("random", "loader")):
-        loader.set_stage(res=res)
+    for stage, source in itertools.product(flops, ("random", "loader")):
+        loader.set_stage(res=stage.res, scale=stage.scale)
+        module.model.active_decoder_blocks = stage.decoder_depth
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
         images, labels = next(batches)
         if source == "random":
             batches = itertools.repeat((torch.randint_like(images, 256), labels))
-        L = (res // module.model.patch_size) ** 2
-        noise = models_mae.masking_noise((args.batch_size, L), device=loader.device)
-        row = dict(source=source, res=res, mask_ratio=mask_ratio, batch_size=args.batch_size)
+        noise = draw_noise((args.batch_size,), module.model, stage.res, 0, 0.0, loader.device)
+        row = dict(source=source, **stage._asdict(), batch_size=args.batch_size)
         for step in range(-2, args.benchmark):  # the first two do not count
             if step <= 0:
                 scaler.get_scale()  # waits for the GPU
@@ -404,14 +626,14 @@ def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, f
             images, labels = next(batches)
             window.data_time += time.monotonic() - t_data
             with autocast:
-                loss, _ = compute_loss(images, labels, mask_ratio, noise)
+                loss = total_loss(compute_loss(images, labels, stage.mask_ratio, noise))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             window.steps += 1
         scaler.get_scale()
-        rates = window.rates(args.batch_size, loader.world_size, flops[res, mask_ratio])
+        rates = window.rates(args.batch_size, loader.world_size, flops[stage])
         print0(json.dumps(row | rates))
 
 
@@ -462,25 +684,29 @@ def main(args):
 
     # --- model
     sizes = {"decoder_depth": args.decoder_depth} if args.decoder_depth else {}
-    sizes |= dict(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss)
+    sizes |= dict(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, mean=args.mean,
+                  std=args.std)
     model = getattr(models_mae, args.model)(**sizes)
     model.recompute = args.recompute
-    scheme = [(res, mask_ratio if args.mask_ratio is None else args.mask_ratio)
-              for res, mask_ratio in PRETRAIN_SCHEMES[args.scheme]]
+    scheme = complete_stages(scheme_of(args), model, args.optimizer)
     stages = [stage_at(scheme, epoch, args.epochs, args.stages, args.input_size, model.patch_size)
               for epoch in range(args.epochs)]
-    costs = [models_mae.flops_per_image(*stage, args.decoder_keep, **model.settings)
-             for _, stage in stages]
+    for number in unused_stages(args.epochs, args.stages):
+        print0(f"Stage {number} gets no epoch: its share of --epochs {args.epochs} is too small.")
+    costs = [model.flops_per_image(stage.res, stage.mask_ratio, args.decoder_keep,
+                                   decoder_depth=stage.decoder_depth) for _, stage in stages]
     module = ModelWithProbe(model, int(loader.labels.max()) + 1, args.probe, args.decoder_keep)
     ddp_model = module.to(device)
     if world > 1:
-        ddp_model = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+        depths = {stage.decoder_depth for stage in scheme}
+        ddp_model = nn.parallel.DistributedDataParallel(
+            module, gradient_as_bucket_view=True,
+            find_unused_parameters=depths != {len(model.decoder_blocks)})
     compute_loss = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # --- optimizer
-    groups = param_groups_weight_decay(model, args.weight_decay)
-    groups.append({"params": list(module.head.parameters()), "weight_decay": 0.0})  # constant rate
+    groups = parameter_groups(module, args.weight_decay)
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=PRETRAIN["betas"], fused=True)
     else:
@@ -500,11 +726,35 @@ def main(args):
 
     # --- resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=len(loader.indices), **model.settings)
-    about = dict(settings=settings, model=model.settings, classes=loader.classes)
+    settings |= dict(num_samples=len(loader.indices), data_checksum=data_checksum(loader),
+                     scheme_stages=[stage._asdict() for stage in scheme], betas=PRETRAIN["betas"],
+                     targets=source_of(models_mae.targets),
+                     masking_noise=source_of(models_mae.masking_noise), **model.settings)
+    sources = {path.name: hashlib.sha1(path.read_bytes()).hexdigest() for path in scripts()}
+    about = dict(settings=settings, model=model.settings, model_class=type(model).__name__,
+                 classes=loader.classes, sources=sources)
     parts = dict(modules=module, optimizer=optimizer, scaler=scaler, loader=loader)
-    state = models_mae.resume(args.resume, last, settings, vars(get_args([])), **parts)
+    first_start = is_first_start(args, folder, FREE)
+    source = args.resume
+    if last.exists() and not first_start:
+        source = "auto"
+    state = models_mae.resume(source, last, settings, vars(get_args([])), EXTENDABLE, args.extend,
+                              **parts)
     step = state["step"] if state else 0
+    if step > steps:
+        raise models_mae.WeightsError(
+            f"{last} has done {step} steps, but --epochs {args.epochs} are {steps}: give "
+            f"--epochs {math.ceil(step / steps_per_epoch)} or more.")
+    if state:
+        changed = [name for name, sha1 in state.get("sources", {}).items()
+                   if sources.get(name) != sha1]
+        if changed:
+            print0(f"Warning: {', '.join(changed)} changed since the checkpoint was written.")
+        extended = [f"{k} {state['settings'][k]} -> {settings[k]}" for k in EXTENDABLE
+                    if state["settings"].get(k, settings[k]) != settings[k]]
+        if extended:
+            print0(f"Extended at step {step}: {', '.join(extended)}. Rate and stages follow the "
+                   "new schedule from here on.")
     first_loss = state["first_loss"] if state else None
     check_ranks(step=step, batch_size=args.batch_size, **settings)
     if args.init and not state:
@@ -517,28 +767,37 @@ def main(args):
            f"{args.batch_size} x {accum} a step, {loader.num_workers} threads, {device.type}")
 
     # --- train
+    if rank == 0 and first_start:
+        begin_run(args, folder)
     board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
-    if board:
-        (folder / "args.json").write_text(json.dumps(vars(args) | {"world_size": world}, indent=1))
+    if rank == 0:
+        write_args(args, folder, world_size=world)
+        keep_scripts(folder / "scripts", step)
     bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
+    has_pictures = rank == 0 and args.viz_every > 0
+    if has_pictures and not model.predicts_pixels:
+        print0("The targets are no pixels: there are no pictures of reconstructions.")
+        has_pictures = False
     noise_shape = (accum, args.batch_size // args.repeat, world, args.repeat)
     stopping = False
     first_epoch = step // steps_per_epoch
     saved_at = time.monotonic()
     for epoch in range(first_epoch, args.epochs):
-        index, (res, mask_ratio) = stages[epoch]
+        index, stage = stages[epoch]
         if epoch == first_epoch or stages[epoch - 1][0] != index:
-            print0(f"epoch {epoch + 1}, stage {index + 1}: {res} pixels, mask ratio {mask_ratio:g}")
+            print0(f"epoch {epoch + 1}, stage {index + 1}: {stage.res} pixels, mask ratio "
+                   f"{stage.mask_ratio:g}, crops {stage.scale}, {stage.decoder_depth} decoder "
+                   "blocks")
+            model.active_decoder_blocks = stage.decoder_depth
             window = Window(device, compiles=True)
         if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
             loader.set_epoch(epoch)
-        loader.set_stage(res=res)
+        loader.set_stage(res=stage.res, scale=stage.scale)
         batches = iter(loader)
         while step < (epoch + 1) * steps_per_epoch and not stopping:
             # Every rank draws all ranks' masks and takes its own, (accum, B, L)
-            rng = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-            shape = (*noise_shape, (res // model.patch_size) ** 2)
-            noise = models_mae.masking_noise(shape, rng, device)[:, :, rank].flatten(1, 2)
+            noise = draw_noise(noise_shape, model, stage.res, args.seed * 1_000_003 + step,
+                               step / steps, device)[:, :, rank].flatten(1, 2)
             lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
             for group in optimizer.param_groups[:-1]:  # not the probe's
                 group["lr"] = lr * group.get("lr_scale", 1)
@@ -548,13 +807,16 @@ def main(args):
                 window.data_time += time.monotonic() - t_data
                 ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
                 with autocast:
-                    loss, mae_loss = compute_loss(images, labels, mask_ratio, noise[micro])
-                scaler.scale(loss / accum).backward()
-                window.losses += torch.stack([mae_loss.nan_to_num(0, 0, 0), mae_loss.isfinite()])
+                    scalars = compute_loss(images, labels, stage.mask_ratio, noise[micro])
+                scaler.scale(total_loss(scalars) / accum).backward()
+                window.add(scalars)
+            if window.steps == 0:
+                check_groups(module, optimizer)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             step += 1
+            module.after_step(step)
             window.steps += 1
             bar.update()
             epoch_ends = step % steps_per_epoch == 0
@@ -563,10 +825,10 @@ def main(args):
                 dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
 
             if epoch_ends or stopping or step % log_every == 0:
-                mean_loss = window.mean_loss(scaler, log_every / 2)
+                means = window.means(scaler, log_every / 2)
                 taken = int(optimizer.state[model.cls_token]["step"])  # AdamW's count
-                row = dict(epoch=epoch + 1, stage=index + 1, res=res, mask_ratio=mask_ratio,
-                           loss=mean_loss, lr=lr, skipped_steps=step - taken,
+                row = dict(epoch=epoch + 1, stage=index + 1, res=stage.res,
+                           mask_ratio=stage.mask_ratio, **means, lr=lr, skipped_steps=step - taken,
                            **window.rates(accum * args.batch_size, world, costs[epoch]))
                 if val and epoch_ends and ((epoch + 1) % probe_every == 0 or step == steps):
                     row["probe_top1"] = probe_accuracy(module, val, autocast)
@@ -574,8 +836,9 @@ def main(args):
                 # What is left of the run at this stage's cost: right across stages
                 steps_left = (epoch + sum(costs[epoch:]) / costs[epoch]) * steps_per_epoch - step
                 left = timedelta(seconds=int(steps_left * args.total_batch / row["img_s"]))
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, {row['img_s']:.0f} img/s, {left} left")
-                first_loss = first_loss or mean_loss
+                text = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                bar.set_postfix_str(f"{text}, {row['img_s']:.0f} img/s, {left} left")
+                first_loss = first_loss or means["loss"]
                 if epoch_ends:
                     print0("  ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"  left {left}")
                 window = Window(device)
@@ -592,8 +855,10 @@ def main(args):
                     save_checkpoint(path, step=step, epoch=epoch + 1, first_loss=first_loss,
                                     **about, **{k: part.state_dict() for k, part in parts.items()})
                 window.t0 += time.monotonic() - saved_at  # the rates leave it out
-            if rank == 0 and epoch_ends and ((epoch + 1) % args.viz_every == 0 or step == steps):
-                save_reconstructions(model, val or loader, mask_ratio, board, epoch + 1, step)
+            show = has_pictures and ((epoch + 1) % args.viz_every == 0 or step == steps)
+            if show and epoch_ends:
+                save_reconstructions(model, val or loader, stage.mask_ratio, (step - 1) / steps,
+                                     board, epoch + 1, step)
                 window.start_clock()
         batches.close()
         if stopping:
@@ -602,7 +867,9 @@ def main(args):
     # --- end
     if step == steps:
         probe = f"probe top-1 {row['probe_top1']:.1f} %, " if val else ""
-        print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {mean_loss:.3f}, {probe}"
+        if rank == 0:
+            write_args(args, folder, world_size=world, finished=True)
+        print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {means['loss']:.3f}, {probe}"
                f"{timedelta(seconds=int(time.monotonic() - start))}, {last}")
     else:
         print0(f"stopped at step {step}: the same command goes on from {last}")
@@ -612,8 +879,13 @@ def main(args):
     sys.exit(step < steps and step != args.max_steps)  # 1: cut short by a signal
 
 
-if __name__ == "__main__":
+def run(argv):
+    """A command line's run, which ends in words where data, weights or files do not fit."""
     try:
-        main(get_args(sys.argv[1:]))
+        main(get_args(argv))
     except (DataError, models_mae.WeightsError, OSError) as e:
         raise SystemExit(f"pretrain: {e}")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -8,6 +8,7 @@ The last line is that of the lean scheme:
 """
 import argparse
 import math
+from typing import NamedTuple
 
 IMAGENET = 1_281_167  # training pictures of ImageNet-1k
 
@@ -17,32 +18,48 @@ PRETRAIN = dict(total_batch=4096, blr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.
 FINETUNE = dict(total_batch=1024, blr=5e-4, betas=(0.9, 0.999), weight_decay=0.05, epochs=100,
                 warmup_epochs=5, layer_decay=0.65)
 
-# --- Table 10: pretraining, (resolution, mask ratio) of each stage
+
+class Stage(NamedTuple):
+    """A stage of pretraining."""
+    res: int  # pixels, for --input-size 224
+    mask_ratio: float
+    scale: tuple = PRETRAIN["scale"]  # of random crops: least and largest share of the area
+    decoder_depth: int | None = None  # the decoder's first blocks, this many; None: all
+
+
+class FinetuneStage(NamedTuple):
+    """A stage of finetuning. sigma is the crop's side as a share of the picture's."""
+    res: int  # pixels, for --input-size 224
+    aug: str = "3aug"  # "3aug+" adds colour jitter
+    sigma_min: float = math.sqrt(0.08)  # printed 0.28: RandomResizedCrop's usual scale (0.08, 1)
+    sigma_max: float = 1.0
+
+
+# --- Table 10: pretraining, resolution and mask ratio of each stage
 PRETRAIN_SCHEMES = {
-    "fixed": ((224, 0.75), (224, 0.75), (224, 0.75)),
-    "s1": ((160, 0.50), (192, 0.66), (224, 0.75)),
-    "s2": ((160, 0.75), (192, 0.75), (224, 0.75)),
-    "s3": ((224, 0.75), (192, 0.75), (160, 0.75)),
-    "s4": ((160, 0.75), (192, 0.80), (224, 0.85)),
-    "s5": ((224, 0.75), (192, 0.75), (224, 0.75)),  # the palindrome, the paper's choice
-    "s6": ((224, 0.75), (192, 0.75), (224, 0.85)),
+    "fixed": (Stage(224, 0.75), Stage(224, 0.75), Stage(224, 0.75)),
+    "s1": (Stage(160, 0.50), Stage(192, 0.66), Stage(224, 0.75)),
+    "s2": (Stage(160, 0.75), Stage(192, 0.75), Stage(224, 0.75)),
+    "s3": (Stage(224, 0.75), Stage(192, 0.75), Stage(160, 0.75)),
+    "s4": (Stage(160, 0.75), Stage(192, 0.80), Stage(224, 0.85)),
+    "s5": (Stage(224, 0.75), Stage(192, 0.75), Stage(224, 0.75)),  # the palindrome, the paper's
+    "s6": (Stage(224, 0.75), Stage(192, 0.75), Stage(224, 0.85)),
     # Not the paper's: a high mask ratio, to be used with --decoder-depth 2 --epochs 100
-    "lean": ((224, 0.90), (192, 0.90), (224, 0.90)),
+    "lean": (Stage(224, 0.90), Stage(192, 0.90), Stage(224, 0.90)),
 }
 # Shares of the epochs. The paper does not print them: inferred from its published command and
 # from Table 11's run times. Other shares, or not three stages: a row in PRETRAIN_SHARES.
 PRETRAIN_STAGES = (0.25, 0.25, 0.50)
 PRETRAIN_SHARES = {}
 
-# --- Table 8: finetuning, (resolution, augmentation, sigma_min, sigma_max) of each stage
-# sigma is the crop's side as a share of the picture's
-LOW = math.sqrt(0.08)  # printed 0.28: RandomResizedCrop's usual scale (0.08, 1)
+# --- Table 8: finetuning, resolution, augmentation and largest crop of each stage
 FINETUNE_SCHEMES = {
-    "fixed": ((224, "3aug", LOW, 1.0), (224, "3aug", LOW, 1.0), (224, "3aug", LOW, 1.0)),
-    "s1": ((160, "3aug", LOW, 1.0), (192, "3aug", LOW, 1.0), (224, "3aug+", LOW, 1.0)),
-    "s1-": ((160, "3aug", LOW, 1.0), (192, "3aug", LOW, 1.0), (224, "3aug", LOW, 1.0)),
-    "s1+": ((160, "3aug+", LOW, 1.0), (192, "3aug+", LOW, 1.0), (224, "3aug+", LOW, 1.0)),
-    "s3": ((160, "3aug", LOW, 0.68), (192, "3aug", LOW, 0.84), (224, "3aug+", LOW, 1.0)),
+    "fixed": (FinetuneStage(224), FinetuneStage(224), FinetuneStage(224)),
+    "s1": (FinetuneStage(160), FinetuneStage(192), FinetuneStage(224, "3aug+")),
+    "s1-": (FinetuneStage(160), FinetuneStage(192), FinetuneStage(224)),
+    "s1+": (FinetuneStage(160, "3aug+"), FinetuneStage(192, "3aug+"), FinetuneStage(224, "3aug+")),
+    "s3": (FinetuneStage(160, sigma_max=0.68), FinetuneStage(192, sigma_max=0.84),
+           FinetuneStage(224, "3aug+")),
 }
 FINETUNE_STAGES = (0.30, 0.30, 0.40)
 
@@ -55,10 +72,18 @@ def stage_starts(epochs, shares):
     return [round(epochs * sum(shares[:i])) for i in range(len(shares))]
 
 
-def stage_at(scheme, epoch, epochs, shares, input_size=224, patch_size=16):
-    """(stage index, its tuple) at an epoch, from 0. Pure: a resumed run lands in the right stage.
+def unused_stages(epochs, shares):
+    """The numbers, from 1, of stages that have a share of the epochs but get no epoch."""
+    ends = [*stage_starts(epochs, shares), epochs][1:]
+    starts = stage_starts(epochs, shares)
+    return [i for i, share in enumerate(shares, start=1)
+            if share > 0 and starts[i - 1] >= ends[i - 1]]
 
-    scheme: a row of PRETRAIN_SCHEMES or FINETUNE_SCHEMES. At another input size than 224 the
+
+def stage_at(scheme, epoch, epochs, shares, input_size=224, patch_size=16):
+    """(stage index, the stage) at an epoch, from 0. Pure: a resumed run lands in the right stage.
+
+    scheme: the Stages of a row of PRETRAIN_SCHEMES, or of FINETUNE_SCHEMES. At another input size than 224 the
     resolutions scale with it (5/7, 6/7, 1), rounded to whole patches. Raises ValueError where the
     shares are not as many as the stages.
     """
@@ -67,8 +92,8 @@ def stage_at(scheme, epoch, epochs, shares, input_size=224, patch_size=16):
                          "give as many, with --stages or in PRETRAIN_SHARES.")
     starts = stage_starts(epochs, shares)
     index = max(i for i, start in enumerate(starts) if epoch >= start)
-    patches = round(scheme[index][0] * input_size / 224 / patch_size)
-    return index, (max(1, patches) * patch_size, *scheme[index][1:])
+    patches = round(scheme[index].res * input_size / 224 / patch_size)
+    return index, scheme[index]._replace(res=max(1, patches) * patch_size)
 
 
 def lr_at(step, steps, warmup_steps, lr, min_lr=0.0):
@@ -114,14 +139,18 @@ def main():
     p.add_argument("--repeat", type=int, default=1, help="masks of each loaded picture in a step")
     args = p.parse_args()
     gflop = {}
-    for name, scheme in PRETRAIN_SCHEMES.items():
+    schemes = {name: [Stage(*row) for row in rows] for name, rows in PRETRAIN_SCHEMES.items()}
+    for name, scheme in schemes.items():
         shares = PRETRAIN_SHARES.get(name, PRETRAIN_STAGES)
-        costs = [flops_per_image(*stage, args.decoder_keep, decoder_depth=args.decoder_depth)
-                 for stage in scheme]
+        costs = []
+        for stage in scheme:
+            depth = stage.decoder_depth or args.decoder_depth
+            costs.append(flops_per_image(stage.res, stage.mask_ratio, args.decoder_keep,
+                                         decoder_depth=depth))
         gflop[name] = sum(share * cost for share, cost in zip(shares, costs, strict=True)) / 1e9
     print(f"MAE-B/16, {args.decoder_depth} decoder blocks: resolution and mask ratio of each stage")
-    for name, scheme in PRETRAIN_SCHEMES.items():
-        line = f"{name:6}  " + "  ".join(f"{res} {mask_ratio:.2f}" for res, mask_ratio in scheme)
+    for name, scheme in schemes.items():
+        line = f"{name:6}  " + "  ".join(f"{stage.res} {stage.mask_ratio:.2f}" for stage in scheme)
         line += f"  {gflop[name]:7.1f} GFLOP an image,  {gflop[name] / gflop['fixed']:.2f} x fixed"
         if args.tflops:
             epoch_hours = gflop[name] * args.images * args.repeat / args.tflops / args.gpus / 3.6e6

@@ -25,6 +25,7 @@ import os
 import pickle
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -1980,15 +1981,15 @@ def test_schedules_are_the_papers_tables():
             "s5": "224 .75 192 .75 224 .75", "s6": "224 .75 192 .75 224 .85",
             "fixed": "224 .75 224 .75 224 .75"}
     for name, row in rows.items():
-        ours = [x for stage in schedules.PRETRAIN_SCHEMES[name] for x in stage]
+        ours = [x for stage in schedules.PRETRAIN_SCHEMES[name] for x in stage[:2]]
         assert ours == [float(x) for x in row.split()], name
     tune = schedules.FINETUNE_SCHEMES
     augment = {"s1": "3aug 3aug 3aug+", "s1-": "3aug 3aug 3aug", "s1+": "3aug+ 3aug+ 3aug+",
                "s3": "3aug 3aug 3aug+"}
     for name, row in augment.items():
         assert [stage[:2] for stage in tune[name]] == list(zip((160, 192, 224), row.split()))
-    assert [s[3] for s in tune["s3"]] == [0.68, 0.84, 1.0]
-    assert all(round(s[2], 2) == 0.28 for s in sum(tune.values(), ()))
+    assert [stage.sigma_max for stage in tune["s3"]] == [0.68, 0.84, 1.0]
+    assert all(round(stage.sigma_min, 2) == 0.28 for stage in sum(tune.values(), ()))
     assert schedules.stage_starts(800, schedules.PRETRAIN_STAGES) == [0, 200, 400]
     assert schedules.stage_starts(100, schedules.FINETUNE_STAGES) == [0, 30, 60]
     kept = {(224, .75): 49, (192, .75): 36, (160, .75): 25, (160, .5): 50, (192, .66): 48,
@@ -2200,14 +2201,14 @@ def test_models_flops_equal_torchs_counter(size, depth):
     """To the last operation, at all stages, depths and with half of the removed patches decoded."""
     with torch.device("meta"):
         model = getattr(models_mae, f"mae_vit_{size}_patch16")(decoder_depth=depth)
-    stages = {stage for scheme in schedules.PRETRAIN_SCHEMES.values() for stage in scheme}
+    stages = {stage[:2] for scheme in schedules.PRETRAIN_SCHEMES.values() for stage in scheme}
     for res, mask_ratio in sorted(stages) if size == "tiny" else [(160, 0.9), (224, 0.75)]:
         imgs = torch.zeros(2, 3, res, res, dtype=torch.uint8, device="meta")
         noise = torch.zeros(2, (res // 16) ** 2, device="meta")
         for keep in (1.0, 0.5) if res == 160 else (1.0,):
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 model(imgs, mask_ratio, noise, keep)[0].backward()
-            ours = models_mae.flops_per_image(res, mask_ratio, keep, **model.settings)
+            ours = model.flops_per_image(res, mask_ratio, keep)
             assert 2 * ours == counter.get_total_flops()
 
 
@@ -2225,6 +2226,13 @@ def test_models_reconstruct_shows_what_the_encoder_saw(monkeypatch):
     for ours, expected in ((original, imgs / 255), (visible[..., :8, :], top),
                            (visible[..., 8:, :], gray), (reconstruction[..., :8, :], top)):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    *same, zero = model.reconstruct(imgs, 0.75, with_zero=True)
+    torch.testing.assert_close(torch.stack(same), torch.stack([original, visible, reconstruction]))
+    torch.testing.assert_close(zero[..., :8, :], top, atol=1e-5, rtol=0)
+    patches = model.patchify(model.normalize(imgs))  # one mean for all three colours
+    expected = model.unpatchify(patches.mean(2, keepdim=True).expand_as(patches))
+    expected = (expected * model.std + model.mean).clamp(0, 1)[..., 8:, :]
+    torch.testing.assert_close(zero[..., 8:, :], expected, atol=1e-5, rtol=0)
     lower = reconstruction[..., 8:, :]  # of an untrained model: about each patch's own colours
     assert (lower.mean() - (imgs[..., 8:, :] / 255).mean()).abs() < 0.05 and lower.std() > 0.1
 
@@ -2820,7 +2828,438 @@ def test_pretrain_runs_all_stages(unbroken):
     assert all(0 <= line["probe_top1"] <= 100 and line["img_s"] > 0 for line in log.values())
     names = {path.name for path in unbroken.iterdir() if not path.name.startswith("events.out")}
     assert names == {"args.json", "log.jsonl", "last.pt", "stage1.pt", "stage2.pt",
-                     "recon_0002.png", "recon_0004.png", ".lock"}
+                     "recon_0002.png", "recon_0004.png", ".lock", "scripts"}
+    assert Image.open(unbroken / "recon_0002.png").width == 12 * (32 + 2) + 2  # 3 groups of 4
+    for name in ("pretrain.py", "models_mae.py", "schedules.py"):
+        copy = unbroken / "scripts/from_step_0" / name
+        assert copy.read_bytes() == (HERE / name).read_bytes()
+
+
+class WithContrast(pretrain.ModelWithProbe):
+    """A user's own: one more layer, a second loss, an average of weights, a frozen teacher."""
+
+    def __init__(self, model, *args):
+        super().__init__(model, *args)
+        width = model.settings["embed_dim"]
+        self.projector = torch.nn.Linear(width, 8)
+        self.average = copy.deepcopy(self.projector).requires_grad_(False)
+        self.teacher = torch.nn.Linear(width, 8).requires_grad_(False)
+        self.teacher.persistent = False
+        self.steps = []
+
+    def forward(self, images, labels, mask_ratio, noise):
+        scalars = super().forward(images, labels, mask_ratio, noise)
+        latent, _, _ = self.model.forward_encoder(images, mask_ratio, noise)
+        features = latent[:, 0]
+        contrast = F.mse_loss(self.projector(features), self.teacher(features).detach())
+        scalars["contrast"] = contrast.detach()
+        return scalars | {"loss": scalars["loss"] + contrast}
+
+    def after_step(self, step):
+        self.steps.append(step)
+        with torch.no_grad():
+            for average, p in zip(self.average.parameters(), self.projector.parameters()):
+                average.lerp_(p, 0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_pretrain_trains_what_a_user_adds(folder, tmp_path, monkeypatch, capsys, optimizer):
+    """Modules beside the model are trained, averages follow each step, and a frozen teacher is in
+    no checkpoint; a new scalar reaches log, bar and TensorBoard; killed, the bits are the same."""
+    made = []
+
+    def make(*args):
+        torch.manual_seed(3)  # the teacher's weights come from somewhere else than the seed
+        made.append(WithContrast(*args))
+        made[-1].first = copy.deepcopy(made[-1].projector.state_dict())
+        return made[-1]
+    monkeypatch.setattr(pretrain, "ModelWithProbe", make)
+    words = ("--optimizer", optimizer)
+    assert pretrain_here(folder, tmp_path / "whole", *words) == 0
+    module = made[-1]
+    assert module.steps == list(range(1, 17))
+    for name, before in module.first.items():
+        assert not torch.equal(before, module.projector.state_dict()[name]), name
+        assert not torch.equal(before, module.average.state_dict()[name]), name
+    log = log_of(tmp_path / "whole")
+    assert all(line["contrast"] > 0 and line["probe_loss"] > 0 for line in log.values())
+    assert "contrast" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "whole/last.pt", weights_only=True)["modules"]
+    assert "average.weight" in saved and not any(name.startswith("teacher") for name in saved)
+    for call in (5, 1):
+        train_to_signal(call, pretrain, *flags(pretrain, folder, tmp_path / "cut", *words))
+    assert pretrain_here(folder, tmp_path / "cut", *words) == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_pretrain_checkpoint_without_an_added_module_is_named(folder, tmp_path, monkeypatch):
+    """Only what is not persistent may be missing from a checkpoint."""
+    assert pretrain_here(folder, tmp_path, "--max-steps", 1) == 0
+    monkeypatch.setattr(pretrain, "ModelWithProbe", WithContrast)
+    with pytest.raises(WeightsError, match="(?s)last.pt, modules: .*projector.*--resume none"):
+        pretrain_here(folder, tmp_path)
+
+
+def test_pretrain_a_gradient_in_no_group_ends_the_run(folder, tmp_path, monkeypatch):
+    """What takes gradients after the optimizer was made would never change: it is named."""
+    class Thaws(WithContrast):
+        def after_step(self, step):
+            self.projector.requires_grad_(True)
+
+    def make(*args):
+        module = Thaws(*args)
+        module.projector.requires_grad_(False)
+        return module
+    monkeypatch.setattr(pretrain, "ModelWithProbe", make)
+    with pytest.raises(WeightsError, match="projector.weight, projector.bias: .*requires_grad"):
+        pretrain_here(folder, tmp_path)
+
+
+def test_pretrain_progress_reaches_masks_and_targets(folder, tmp_path, monkeypatch):
+    """0 at the first step, just below 1 at the last, the same for masks and targets; pictures use
+    that of the step before them; killed, the bits are the same."""
+    seen = {"masks": [], "targets": [], "shown": []}
+    patchify = models_mae.MaskedAutoencoderViT.patchify
+
+    def masking_noise(shape, generator=None, device=None, progress=0.0):
+        kind = "masks" if len(shape) == 5 else "shown"
+        seen[kind].append(progress)
+        noise = torch.rand(shape, generator=generator, device=device)
+        return noise if progress < 0.5 else noise.sort().values
+
+    def targets(model, imgs, progress):
+        if len(imgs) == 8:  # not the model's own call, to know the width
+            seen["targets"].append(progress.item())
+        return patchify(model, imgs * (1 - progress / 2))
+    monkeypatch.setattr(models_mae, "masking_noise", masking_noise)
+    monkeypatch.setattr(models_mae, "targets", targets)
+    whole = flags(pretrain, folder, tmp_path / "whole")
+    assert train(pretrain, *whole) == 0
+    assert seen["masks"] == [step / 16 for step in range(16)]
+    assert sorted(set(seen["targets"])) == pytest.approx(seen["masks"])
+    assert seen["shown"] == [7 / 16, 15 / 16]
+    cut = flags(pretrain, folder, tmp_path / "cut")
+    for call in (5, 1):
+        train_to_signal(call, pretrain, *cut)
+    assert train(pretrain, *cut) == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_pretrain_features_as_targets_need_one_function(folder, tmp_path, monkeypatch, capsys):
+    """A replaced targets() of any width trains without pictures, which a line says, and load_mae
+    reads it where targets() is another; 0 means no pictures."""
+    with monkeypatch.context() as patch:
+        patch.setattr(models_mae, "targets", lambda model, imgs, progress: (
+            model.patchify(imgs).unflatten(2, (-1, 3)).std(dim=2)))  # (B, L, 3)
+        assert pretrain_here(folder, tmp_path / "std", "--epochs", 1) == 0
+    assert "no pictures" in capsys.readouterr().out
+    assert not list((tmp_path / "std").glob("*.png"))
+    model = load_mae(tmp_path / "std/last.pt")
+    with pytest.raises(WeightsError, match="no pixels"):
+        model.reconstruct(torch.zeros(1, 3, 32, 32))
+    with monkeypatch.context() as patch:  # as many numbers as pixels, but features
+        patch.setattr(models_mae, "TARGETS_ARE_PIXELS", False)
+        patch.setattr(models_mae, "targets", lambda model, imgs, _: model.patchify(imgs).sin())
+        assert pretrain_here(folder, tmp_path / "sin", "--epochs", 1) == 0
+    assert pretrain_here(folder, tmp_path / "never", "--epochs", 1, "--viz-every", 0) == 0
+    assert not list(tmp_path.glob("*/*.png"))
+
+
+@pytest.fixture
+def begun(folder, unbroken, tmp_path):
+    """A copy of the unbroken run as it was after the first of its stages."""
+    shutil.copytree(unbroken, tmp_path / "begun")
+    shutil.copy(unbroken / "stage1.pt", tmp_path / "begun/last.pt")
+    return tmp_path / "begun"
+
+
+def test_pretrain_refuses_what_would_change_the_result(folder, begun, tmp_path, monkeypatch):
+    """As many other pictures, other stages, crops, targets or masks are named when a run resumes;
+    a comment in a function is not. Loaders of FFCV's files and of folders tell theirs apart, too."""
+    built("--data-dir", folder / "train", "--out", tmp_path / "other.beton", "--quality", 60)
+
+    def masking_noise(shape, generator=None, device=None, progress=0.0):
+        """Another docstring."""
+        return torch.rand(shape, generator=generator, device=device)  # and a comment
+    monkeypatch.setattr(models_mae, "masking_noise", masking_noise)
+    assert pretrain_here(folder, begun, "--max-steps", 5) == 0
+    s5 = list(schedules.PRETRAIN_SCHEMES["s5"])
+    for change, named in (
+            ((schedules.PRETRAIN_SCHEMES, "s5", s5[:2] + [(224, 0.8)]), "scheme_stages"),
+            ((schedules.PRETRAIN_SCHEMES, "s5", [s5[0]._replace(scale=(0.3, 1))] + s5[1:]),
+             "scheme_stages.*0.3"),
+            ((schedules.PRETRAIN, "betas", (0.9, 0.99)), "betas")):
+        with monkeypatch.context() as patch, pytest.raises(WeightsError, match=f"{named}.*none"):
+            patch.setitem(*change)
+            pretrain_here(folder, begun)
+    for name in ("targets", "masking_noise"):
+        with monkeypatch.context() as patch, pytest.raises(WeightsError, match=f"{name}: .*none"):
+            patch.setattr(models_mae, name, lambda *args, **kwargs: None)
+            patch.setattr(models_mae.MaskedAutoencoderViT, "__init__",
+                          functools.partialmethod(models_mae.MaskedAutoencoderViT.__init__,
+                                                  target_dim=192))
+            pretrain_here(folder, begun)
+    with pytest.raises(WeightsError, match="data_checksum"):
+        pretrain_here(folder, begun, "--data", tmp_path / "other.beton")
+
+    shutil.copytree(folder / "train", tmp_path / "train")
+    checksums = []
+    for change in ("none", "a name", "a label"):
+        path = next((tmp_path / "train/dark").iterdir())
+        if change == "a name":
+            path.rename(path.with_name("zzz.png"))
+        if change == "a label":
+            path.rename(tmp_path / "train/light" / path.name)
+        checksums.append(pretrain.data_checksum(open_loader(tmp_path / "train", 8)))
+    items = [(0, 40, 30, jpeg_of(draw(np.random.default_rng(i), 40, 30))) for i in range(3)]
+    for number, part in enumerate((items, items[::-1])):
+        path = write_beton(tmp_path / f"{number}.beton", part)
+        checksums.append(pretrain.data_checksum(open_loader(path, 1)))
+    assert len(set(checksums)) == 5
+
+
+def test_pretrain_old_checkpoints_resume(folder, begun, unbroken):
+    """One that an older version wrote, without what is compared now, goes on."""
+    state = torch.load(begun / "last.pt", weights_only=True)
+    for key in ("data_checksum", "scheme_stages", "betas", "targets", "masking_noise", "mean",
+                "std", "target_dim"):
+        del state["settings"][key]
+    for key in ("sources", "model_class"):
+        state.pop(key)
+    for key in ("mean", "std", "target_dim"):
+        state["model"].pop(key)
+    torch.save(state, begun / "last.pt")
+    load_mae(begun / "last.pt")
+    assert pretrain_here(folder, begun) == 0
+    check_same_end(begun, unbroken)
+
+
+def test_pretrain_changed_scripts_are_said_and_kept(folder, begun, capsys):
+    """A checkpoint of other code is warned of in one line; both versions are kept, by step."""
+    state = torch.load(begun / "last.pt", weights_only=True)
+    state["sources"]["models_mae.py"] = "0" * 40
+    torch.save(state, begun / "last.pt")
+    old = begun / "scripts/from_step_0/models_mae.py"
+    old.write_text("# older")
+    assert pretrain_here(folder, begun, "--max-steps", 5) == 0
+    assert capsys.readouterr().out.count("Warning: models_mae.py changed since") == 1
+    assert old.read_text() == "# older"
+    new = begun / "scripts/from_step_4/models_mae.py"
+    assert new.read_bytes() == (HERE / "models_mae.py").read_bytes()
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune, linprobe])
+def test_runs_resume_none_puts_the_old_run_aside(folder, mae, tmp_path, script):
+    """All files of the earlier run are in old_1/, then old_2/, and others stay; the same command
+    goes on with the run that it began, with the bits of an unbroken one."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(script, *flags(script, folder, whole)) == 0
+    assert train(script, *flags(script, folder, out, "--epochs", 1)) == 0
+    (out / "notes.txt").write_text("mine")
+    before = {path.name for path in out.iterdir()} - {".lock", "notes.txt"}
+    new = flags(script, folder, out, "--resume", "none")
+    train_to_signal(5, script, *new)
+    assert {path.name for path in (out / "old_1").iterdir()} == before
+    train_to_signal(1, script, *new)
+    assert train(script, *new) == 0
+    assert not (out / "old_2").exists()
+    check_same_end(out, whole)
+    assert set(log_of(out)) >= set(log_of(whole))
+    assert len((out / "log.jsonl").read_text().splitlines()) < 6  # none of the earlier run's
+    train_to_signal(5, script, *new)  # it was finished: begun anew
+    assert {path.name for path in (out / "old_2").iterdir()} >= {"last.pt", "log.jsonl"}
+    assert (out / "notes.txt").exists()
+
+
+def test_pretrain_resume_path_counts_once(folder, unbroken, tmp_path):
+    """The run begins from the file, and the same command goes on from the run's own last.pt."""
+    words = flags(pretrain, folder, tmp_path, "--resume", unbroken / "stage1.pt")
+    train_to_signal(5, pretrain, *words)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 10
+    train_to_signal(1, pretrain, *words)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 12
+    assert train(pretrain, *words) == 0
+    check_same_end(tmp_path, unbroken)
+    back = flags(pretrain, folder, tmp_path, "--resume", tmp_path / "stage2.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "lr_at", lambda *args: 1 / 0)  # killed before it saved anything
+        with pytest.raises(ZeroDivisionError):
+            train(pretrain, *back)
+    assert torch.load(tmp_path / "old_1/last.pt", weights_only=True)["step"] == 16
+    train_to_signal(1, pretrain, *back)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 10
+    assert list(log_of(tmp_path)) == [10]
+    # Its own last.pt by name is what auto takes
+    words = flags(pretrain, folder, tmp_path, "--resume", tmp_path / "last.pt")
+    assert train(pretrain, *words) == 0
+    assert not (tmp_path / "old_2").exists()
+    check_same_end(tmp_path, unbroken)
+
+
+def test_pretrain_extends_a_run_when_asked(folder, tmp_path, capsys):
+    """More epochs and another rate are refused with the remedy, and taken with --extend: weights
+    and moments are kept, the rate is that of the new schedule; killed, the bits are the same."""
+    for name in ("whole", "cut"):
+        assert pretrain_here(folder, tmp_path / name, "--epochs", 2) == 0
+    longer = ("--epochs", 4, "--blr", 2e-3)
+    with pytest.raises(WeightsError, match="epochs: 2 there, 4 here.*--extend"):
+        pretrain_here(folder, tmp_path / "whole", *longer)
+    with pytest.raises(WeightsError, match="seed: 0 there, 1 here") as raised:
+        pretrain_here(folder, tmp_path / "whole", *longer, "--extend", "--seed", 1)
+    assert "--extend" not in str(raised.value)
+    assert pretrain_here(folder, tmp_path / "whole", *longer, "--extend") == 0
+    assert "epochs 2 -> 4, warmup_epochs 0.5 -> 1" in capsys.readouterr().out
+    for step, line in log_of(tmp_path / "whole").items():
+        peak, epochs, warm_up = (4e-3, 2, 2) if step <= 8 else (2e-3, 4, 4)
+        rate = schedules.lr_at(step - 1, 4 * epochs, warm_up, peak * 16 / 256)
+        assert line["lr"] == pytest.approx(rate)
+    train_to_signal(3, pretrain, *flags(pretrain, folder, tmp_path / "cut", *longer, "--extend"))
+    assert pretrain_here(folder, tmp_path / "cut", *longer) == 0  # its own settings by now
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(WeightsError, match="16 steps.*--epochs 4 or more"):
+        pretrain_here(folder, tmp_path / "cut", "--epochs", 3, "--extend")
+
+
+def test_pretrain_says_which_stages_get_no_epoch(folder, tmp_path, capsys):
+    """Those with a share alone; so does finetuning."""
+    assert pretrain_here(folder, tmp_path, "--epochs", 2, "--max-steps", 1) == 0
+    assert re.findall("[Ss]tage ([0-9]) gets no epoch.*--epochs 2", capsys.readouterr().out) == ["1"]
+    assert schedules.unused_stages(1, (0.25, 0.25, 0.5)) == [1, 2]
+    assert schedules.unused_stages(1, (0, 1.0, 0)) == []
+    assert schedules.unused_stages(800, schedules.PRETRAIN_STAGES) == []
+
+
+def test_pretrain_own_mean_and_deviation_stay_with_the_weights(folder, tmp_path, monkeypatch):
+    """--mean and --std reach the model, load_mae, finetuning, its evaluation, the linear probe and
+    the exports; other pictures' weights are refused by --init; 0 to 255 is refused."""
+    mean, std = [0.5, 0.25, 0.125], [0.5, 0.5, 0.25]
+    words = ("--mean", *mean, "--std", *std)
+    with pytest.raises(WeightsError, match="divided by 255"):
+        pretrain_here(folder, tmp_path / "x", "--mean", 123, 117, 104)
+    out = tmp_path / "run"
+    assert pretrain_here(folder, out, *words, "--epochs", 1) == 0
+    model = load_mae(out / "last.pt")
+    image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    assert model.normalize(image)[0, :, 0, 0].tolist() == [1.0, 1.5, 3.5]
+    with pytest.raises(WeightsError, match="give these numbers to --mean"):
+        pretrain_here(folder, tmp_path / "x", "--init", out / "last.pt")
+    assert pretrain_here(folder, tmp_path / "x", "--init", out / "last.pt", *words,
+                         "--max-steps", 1) == 0
+    seen = []
+    normalize = ViT.normalize
+    monkeypatch.setattr(ViT, "normalize", lambda self, imgs: (
+        seen.append((self.mean.flatten().tolist(), self.std.flatten().tolist())),
+        normalize(self, imgs))[1])
+    tuned = flags(finetune, folder, tmp_path / "ft", "--finetune", out / "last.pt", "--epochs", 1)
+    assert train(finetune, *tuned) == 0
+    assert train(finetune, "--eval", "--resume", tmp_path / "ft/best.pt", "--val-data",
+                 folder / "val.beton", "--output-dir", tmp_path / "ft") == 0
+    assert train(linprobe, *flags(linprobe, folder, tmp_path / "lp", "--checkpoint",
+                                  out / "last.pt", "--epochs", 1)) == 0
+    assert len(seen) > 10 and all(pair == (mean, std) for pair in seen)
+    models_mae.export_hf(out / "last.pt", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())
+    assert (config["image_mean"], config["image_std"]) == (mean, std)
+    assert f"{mean}" in models_mae.export_timm(out / "last.pt", tmp_path / "timm.pt", 0)
+
+
+def test_models_another_class_is_refused_by_name(mae, tmp_path):
+    """load_mae takes a checkpoint by the class that made it alone, and a class measures itself."""
+    class Other(models_mae.MaskedAutoencoderViT):
+        def flops_per_image(self, *args, **changed):
+            return 7
+    state = {"modules": prefixed(mae.state_dict(), "model."), "model": mae.settings,
+             "model_class": "Other"}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="x.pt is of the class Other.*load_mae"):
+        load_mae(tmp_path / "x.pt")
+    model = load_mae(tmp_path / "x.pt", Other)
+    assert isinstance(model, Other) and model.flops_per_image(32, 0.75) == 7
+    torch.save(state | {"model_class": "MaskedAutoencoderViT"}, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="class MaskedAutoencoderViT"):
+        load_mae(tmp_path / "x.pt", Other)
+
+
+@pytest.mark.parametrize("name, own", [("simmim", "SimMIM"), ("mae_ema_teacher", "MAEWithTeacher")])
+def test_extras_train_by_import(folder, tmp_path, name, own):
+    """Each trains, stops and goes on with the unbroken bits; its script is in the run's folder; its
+    class alone loads it, finetuning takes its encoder; its FLOPs are torch's count."""
+    path = HERE / f"extras/{name}.py"
+    assert len(path.read_text().splitlines()) <= 60
+    words = flags(pretrain, folder, tmp_path / "cut", "--epochs", 3)
+    run(path, *words, "--max-steps", 6)
+    done = run(path, *words)
+    assert "from step 6 of 12" in done.stdout and "done: 3 epochs" in done.stdout
+    run(path, *flags(pretrain, folder, tmp_path / "whole", "--epochs", 3))
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+    log = log_of(tmp_path / "whole")
+    assert log[12]["loss"] < log[4]["loss"]
+    assert (tmp_path / "cut/scripts/from_step_0" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "whole").glob("*.png"))) == (2 if name == "simmim" else 0)
+    last = tmp_path / "whole/last.pt"
+    with pytest.raises(WeightsError, match=f"class {own}"):
+        load_mae(last)
+    model = load_mae(last, runpy.run_path(path)[own])
+    assert model.features(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+    assert train(finetune, *flags(finetune, folder, tmp_path / "ft", "--finetune", last,
+                                  "--epochs", 1)) == 0
+
+
+def test_extras_measure_themselves(monkeypatch):
+    """SimMIM's and the EMA teacher's FLOPs are those that torch counts."""
+    simmim = runpy.run_path(HERE / "extras/simmim.py")["SimMIM"]
+    ema = runpy.run_path(HERE / "extras/mae_ema_teacher.py")
+    with torch.device("meta"):
+        tiny = models_mae.mae_vit_tiny_patch16.keywords
+        modules = [pretrain.ModelWithProbe(simmim(**tiny), 2, "off", 1.0)]
+        model = ema["MAEWithTeacher"](**tiny, target_dim=192)
+        modules.append(ema["WithTeacher"](model, 2, "off", 1.0))
+    for module in modules:
+        if hasattr(module, "teacher"):
+            monkeypatch.setattr(models_mae, "targets", lambda model, imgs, _: model.teach(imgs))
+        imgs = torch.zeros(2, 3, 160, 160, dtype=torch.uint8, device="meta")
+        noise = torch.zeros(2, 100, device="meta")
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            labels = torch.zeros(2, dtype=torch.int64, device="meta")
+            module(imgs, labels, 0.75, noise)["loss"].backward()
+        assert counter.get_total_flops() == 2 * module.model.flops_per_image(160, 0.75)
+
+
+def test_pretrain_stages_have_fields(folder, tmp_path, monkeypatch):
+    """Five stages with their own crops and decoder depths: each trains the blocks that it uses, on
+    its crops; killed, the bits are the same; too deep a decoder is refused."""
+    scales = []
+    set_stage = ESSLLoader.set_stage
+
+    def spy(self, res=None, scale=None):
+        scales.extend([scale] if scale else [])
+        set_stage(self, res, scale)
+    monkeypatch.setattr(ESSLLoader, "set_stage", spy)
+    five = [schedules.Stage(224, 0.75, scale=(0.5, 1.0), decoder_depth=1),
+            schedules.Stage(192, 0.75, decoder_depth=1), schedules.Stage(160, 0.5),
+            schedules.Stage(224, 0.75, scale=(0.08, 1)), (192, 0.5)]
+    monkeypatch.setitem(schedules.PRETRAIN_SCHEMES, "five", five)
+    monkeypatch.setitem(schedules.PRETRAIN_SHARES, "five", 5 * [0.2])
+    words = ("--scheme", "five", "--epochs", 5)
+    assert pretrain_here(folder, tmp_path / "whole", *words) == 0
+    assert scales == [(0.5, 1.0), (0.2, 1.0), (0.2, 1.0), (0.08, 1), (0.2, 1.0)]
+    start = torch.load(tmp_path / "whole/stage1.pt", weights_only=True)["modules"]
+    middle = torch.load(tmp_path / "whole/stage2.pt", weights_only=True)["modules"]
+    end = torch.load(tmp_path / "whole/last.pt", weights_only=True)["modules"]
+    for block, same in ((0, False), (1, True)):
+        name = f"model.decoder_blocks.{block}.mlp.fc1.weight"
+        assert torch.equal(start[name], middle[name]) == same
+        assert not torch.equal(start[name], end[name])
+    cut = flags(pretrain, folder, tmp_path / "cut", *words)
+    for call in (5, 1):
+        train_to_signal(call, pretrain, *cut)
+    assert train(pretrain, *cut) == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(WeightsError, match="--optimizer adamw"):
+        pretrain_here(folder, tmp_path / "x", *words, "--optimizer", "muon")
+    five[0] = five[0]._replace(decoder_depth=3)
+    with pytest.raises(WeightsError, match="--decoder-depth 3"):
+        pretrain_here(folder, tmp_path / "x", *words)
 
 
 def test_pretrain_same_update_however_it_is_cut(folder, tmp_path):
@@ -2977,8 +3416,9 @@ def test_pretrain_skips_a_step_that_is_not_finite(folder, tmp_path):
     forward, step = pretrain.ModelWithProbe.forward, torch.optim.AdamW.step
     calls = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.ModelWithProbe, "forward", lambda self, *args: tuple(
-            loss * (math.nan if next(calls) == 20 else 1) for loss in forward(self, *args)))
+        patch.setattr(pretrain.ModelWithProbe, "forward", lambda self, *args: {
+            name: loss * (math.nan if next(calls) == 20 else 1)
+            for name, loss in forward(self, *args).items()})
         assert pretrain_here(folder, tmp_path / "nan") == 0
     assert [line["skipped_steps"] for line in log_of(tmp_path / "nan").values()] == [0, 1, 1, 1]
     calls = itertools.count()
@@ -3065,11 +3505,11 @@ def test_pretrain_compiled_and_bf16_agree_with_eager_float32(device):
         for i in range(20):
             noise = torch.rand(16, 16, generator=torch.Generator().manual_seed(i)).to(device)
             with torch.autocast(device, torch.bfloat16, enabled=how == "bf16"):
-                loss, mae_loss = step(images, labels, 0.75, noise)
-            loss.backward()
+                scalars = step(images, labels, 0.75, noise)
+            pretrain.total_loss(scalars).backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[how].append(mae_loss.item())
+            losses[how].append(scalars["loss"].item())
     expected = losses["eager"]
     assert expected[-1] < 0.9 * expected[0]
     assert losses["compiled"] == pytest.approx(expected, rel=1e-3)
@@ -3097,7 +3537,7 @@ for res in (32, 24, 32):
         images = torch.randint(256, (4, 3, res, res), dtype=torch.uint8, generator=rng)
         noise = torch.rand(4, (res // 8) ** 2, generator=rng)
         ddp_model.require_backward_grad_sync = micro == 1
-        compute_loss(images, torch.arange(4), 0.75, noise)[0].backward()
+        pretrain.total_loss(compute_loss(images, torch.arange(4), 0.75, noise)).backward()
         grads = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
         every = [torch.empty_like(grads) for _ in range(world)]
         torch.distributed.all_gather(every, grads)
@@ -3146,7 +3586,7 @@ def test_training_steps_keep_to_one_device():
         tensors = dict(vit.named_parameters()) | dict(vit.named_buffers())
         tensors = {k: torch.empty(v.shape) for k, v in tensors.items()}
         scores = torch.func.functional_call(vit, tensors, (finetune.color_jitter(augmented),))
-        for out in (module(images, labels, 0.75, noise)[0], model.reconstruct(images), scores,
+        for out in (module(images, labels, 0.75, noise)["loss"], model.reconstruct(images), scores,
                     linprobe.knn_score(scores, scores, labels, 5), finetune.luma(images)):
             assert out.device.type == "cuda"
 
