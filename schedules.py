@@ -83,9 +83,9 @@ def unused_stages(epochs, shares):
 def stage_at(scheme, epoch, epochs, shares, input_size=224, patch_size=16):
     """(stage index, the stage) at an epoch, from 0. Pure: a resumed run lands in the right stage.
 
-    scheme: the Stages of a row of PRETRAIN_SCHEMES, or of FINETUNE_SCHEMES. At another input size than 224 the
-    resolutions scale with it (5/7, 6/7, 1), rounded to whole patches. Raises ValueError where the
-    shares are not as many as the stages.
+    scheme: the Stages of a row of PRETRAIN_SCHEMES, or of FINETUNE_SCHEMES. At another input size
+    than 224 the resolutions scale with it (5/7, 6/7, 1), rounded to whole patches. Raises
+    ValueError where the shares are not as many as the stages.
     """
     if len(shares) != len(scheme):
         raise ValueError(f"{len(shares)} stage shares for a scheme of {len(scheme)} stages: "
