@@ -421,8 +421,9 @@ def check_groups(module, optimizer):
 def scripts():
     """The files that make a run: these three, and one that imports them."""
     files = [__file__, models_mae.__file__, schedules.__file__]
-    files.append(getattr(sys.modules["__main__"], "__file__", __file__))  # notebooks have none
-    return list(dict.fromkeys(Path(file).resolve() for file in files))  # each once
+    files.append(getattr(sys.modules["__main__"], "__file__", __file__))
+    paths = dict.fromkeys(Path(file).resolve() for file in files)  # each once
+    return [path for path in paths if path.is_file()]  # notebooks and `python -` have none
 
 
 def keep_scripts(folder, step):

@@ -2975,7 +2975,7 @@ def begun(folder, unbroken, tmp_path):
 
 def test_pretrain_refuses_what_would_change_the_result(folder, begun, tmp_path, monkeypatch):
     """As many other pictures, other stages, crops, targets or masks are named when a run resumes;
-    a comment in a function is not. Loaders of FFCV's files and of folders tell theirs apart too."""
+    a comment in a function is not. Loaders of FFCV's files and of folders tell theirs apart."""
     built("--data-dir", folder / "train", "--out", tmp_path / "other.beton", "--quality", 60)
 
     def masking_noise(shape, generator=None, device=None, progress=0.0):
@@ -3123,8 +3123,8 @@ def test_pretrain_extends_a_run_when_asked(folder, tmp_path, capsys):
 def test_pretrain_says_which_stages_get_no_epoch(folder, tmp_path, capsys):
     """Those with a share alone; so does finetuning."""
     assert pretrain_here(folder, tmp_path, "--epochs", 2, "--max-steps", 1) == 0
-    out = capsys.readouterr().out
-    assert re.findall("[Ss]tage ([0-9]) gets no epoch.*--epochs 2", out) == ["1"]
+    said = capsys.readouterr().out
+    assert re.findall("Stage ([0-9]) gets no epoch.*--epochs 2", said) == ["1"]
     assert schedules.unused_stages(1, (0.25, 0.25, 0.5)) == [1, 2]
     assert schedules.unused_stages(1, (0, 1.0, 0)) == []
     assert schedules.unused_stages(800, schedules.PRETRAIN_STAGES) == []
@@ -3181,7 +3181,8 @@ def test_models_another_class_is_refused_by_name(mae, tmp_path):
         load_mae(tmp_path / "x.pt", Other)
 
 
-@pytest.mark.parametrize("name, own", [("simmim", "SimMIM"), ("mae_ema_teacher", "MAEWithTeacher")])
+@pytest.mark.parametrize("name, own", [("simmim", "SimMIM"),
+                                       ("mae_ema_teacher", "MAEWithTeacher")])
 def test_extras_train_by_import(folder, tmp_path, name, own):
     """Each trains, stops and goes on with the unbroken bits; its script is in the run's folder; its
     class alone loads it, finetuning takes its encoder; its FLOPs are torch's count."""

@@ -143,7 +143,9 @@ for steps in (10, 10, 40):  # the first time counts what is made once
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            pretrain.main(pretrain.get_args([*sys.argv[1:], "--max-steps", str(steps)]))
+            folder = f"{sys.argv[-1]}/{len(counts)}"
+            words = [*sys.argv[1:], "--max-steps", str(steps), "--output-dir", folder]
+            pretrain.main(pretrain.get_args(words))
         except SystemExit as e:
             assert not e.code, e
     counts.append(sum("synchronizing" in str(warning.message) for warning in caught))

@@ -5,7 +5,6 @@
 The encoder sees all patches, the removed ones as a mask token. One linear layer predicts their
 pixels; the loss is L1. finetune.py and linprobe.py take its checkpoints. Last line: pretrain.py's.
 """
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -42,11 +41,11 @@ class SimMIM(models_mae.MaskedAutoencoderViT):
         ids_restore = noise.argsort(dim=1).argsort(dim=1)
         mask = (ids_restore >= models_mae.num_kept(L, mask_ratio)).float()
         x = torch.where(mask[..., None] > 0, self.mask_token.to(x.dtype), x)
-        pos = resample_abs_pos_embed(self.pos_embed, [math.isqrt(L)] * 2)
+        pos = resample_abs_pos_embed(self.pos_embed, list(self.grid_of(imgs)))
         x = torch.cat([self.cls_token.expand(B, -1, -1).to(x.dtype), x], dim=1) + pos
         return self.norm(self.run_blocks(self.blocks, x)), mask, ids_restore  # (B, 1 + L, D)
 
-    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0):
+    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0, grid=None):
         return self.decoder_pred(latent[:, 1:])  # (B, L, P), in order
 
     def forward_loss(self, imgs, pred, mask):
