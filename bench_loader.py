@@ -9,7 +9,8 @@ About 6 minutes on two EPYC cores; scaling takes about 8 more.
 alternatives: every row is a process of its own and has the same pictures, distribution of crops,
 output size, batch size and number of threads or processes. In each round every row makes one pass;
 images_s is the median of the rounds, min and max are theirs, and "x FFCV" is the median of the
-rounds' ratios. A view counts as an image. Only the image folder and ESSL flip. first_batch_s: from
+rounds' ratios. cpu_us: CPU time an image, of all threads and processes; on a busy machine it is
+more reliable. A view counts as an image. Only the image folder and ESSL flip. first_batch_s: from
 opening the loader in a new process, after the imports, with our kernels in numba's cache.
 memory_MB: a pass's peak beyond what its process holds between passes. cores_for_N: cores that load
 N images/s. The table `methods` says what each row reads, decodes and resizes by.
@@ -30,6 +31,7 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -63,7 +65,7 @@ def get_args(argv=None):
     add("--data-dir", type=Path, help="folder of class folders of pictures")
     add("--json", type=Path, default=Path("runs/bench.json"), help="all numbers, of each pass too")
     add("--plot", type=Path, default=Path("runs/bench.png"), help="plot of the alternatives")
-    add("--res", type=int, nargs="+", default=[224, 160], help="pixels; other sections: the first")
+    add("--res", type=int, nargs="+", default=[224], help="pixels; other sections: the first")
     add("--batch-size", type=int, default=256, help="images a batch (default: %(default)s)")
     add("--num-workers", type=int, default=0, help="threads or processes; 0: all cores (default)")
     add("--images", type=int, default=2048, help="images a pass; a small file is repeated")
@@ -138,7 +140,7 @@ def add_table(report, section, rows, hidden=()):
     print(f"\n{section}")
     if not rows:
         return
-    keys = [key for key in rows[0] if key not in ("passes", *hidden)]
+    keys = [key for key in rows[0] if key not in ("passes", "cpu_us_passes", *hidden)]
     lines = [keys] + [[format_cell(row.get(key, "")) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     is_text = [isinstance(rows[0][key], str) for key in keys]
@@ -150,6 +152,31 @@ def add_table(report, section, rows, hidden=()):
 
 
 # --- child processes: each loader runs in one of its own
+def cpu_seconds():
+    """CPU time of this process and its workers, also of those that have ended."""
+    seconds = 0
+    for worker in multiprocessing.active_children():
+        # proc(5): utime and stime are fields 14 and 15, the name in parentheses is field 2
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds + ended.ru_utime + ended.ru_stime + time.process_time()
+
+
+class Stopwatch:
+    """Measures wall-clock and CPU time from when it is made."""
+
+    def __init__(self):
+        self.cpu_start = cpu_seconds()
+        self.start = time.perf_counter()
+
+    def rates(self, images):
+        """What a pass returns."""
+        seconds = time.perf_counter() - self.start
+        return {"images_s": images / seconds,
+                "cpu_us": 1e6 * (cpu_seconds() - self.cpu_start) / images}
+
+
 start_pass = None  # in a child process: the function that makes a pass
 
 
@@ -197,6 +224,7 @@ class Row:
     base_name: str = ""
     first: dict = field(default_factory=dict)  # what the passes before the rounds gave
     passes: list = field(default_factory=list)  # images/s of each round
+    cpu_us: list = field(default_factory=list)  # CPU time an image, microseconds, of each round
 
     @property
     def name(self):
@@ -206,10 +234,15 @@ class Row:
         """The row as a dict for the table and the JSON."""
         values = {**self.labels, "images_s": float(np.median(self.passes)),
                   "min": min(self.passes), "max": max(self.passes)}
-        if self.base and len(self.base.passes) == len(self.passes):
-            ratios = np.array(self.passes) / self.base.passes
+        base = self.base
+        if base and len(base.passes) == len(self.passes):
+            ratios = np.divide(self.passes, base.passes)
             values[f"x {self.base_name}"] = float(np.median(ratios))
-        return {**values, **self.first, "passes": self.passes}
+        values["cpu_us"] = float(np.median(self.cpu_us))
+        if base and len(base.passes) == len(self.passes):
+            ratios = np.divide(base.cpu_us, self.cpu_us)
+            values[f"x {self.base_name} by CPU time"] = float(np.median(ratios))
+        return {**values, **self.first, "passes": self.passes, "cpu_us_passes": self.cpu_us}
 
 
 def measure(args, report, rows, with_memory=False):
@@ -238,12 +271,14 @@ def measure(args, report, rows, with_memory=False):
         row.first |= call(row, pass_in_child, False)
         if with_memory:
             row.first |= call(row, pass_in_child, True)
-        row.first.pop("images_s", None)  # of the pass that does not count
+        for key in ("images_s", "cpu_us"):  # of the pass that does not count
+            row.first.pop(key, None)
     for _ in range(args.passes):
         for row in rows:
             result = call(row, pass_in_child, False)
             if row in children:
                 row.passes.append(result["images_s"])
+                row.cpu_us.append(result["cpu_us"])
     return [row.values() for row in rows if row in children]
 
 
@@ -264,7 +299,6 @@ class FfcvPictures(torch.utils.data.Dataset):
 
 def write_ffcv(out, paths, num_workers):
     """In a child process: FFCV's own file, with build_beton.py's defaults."""
-    os.environ["TQDM_DISABLE"] = "1"  # its progress would stand between our lines
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     image = RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=95)
@@ -510,15 +544,14 @@ class LoaderPasses:
         return {"memory_MB": max(held_memory() for _ in start()) - before}  # at each batch
 
     def measure_time(self):
-        begin = time.perf_counter()
+        stopwatch = Stopwatch()
         values = 0
         for images, _ in self.start():
             if self.first_batch_s is None:
                 self.first_batch_s = time.perf_counter() - self.opened_at
             values += int(np.prod(images.shape))
-        seconds = time.perf_counter() - begin
-        images_s = values / (3 * self.load.res ** 2) / seconds  # each view counts
-        return {"images_s": images_s, "first_batch_s": self.first_batch_s}
+        rates = stopwatch.rates(values / (3 * self.load.res ** 2))  # each view counts
+        return {**rates, "first_batch_s": self.first_batch_s}
 
 
 def compile_kernels(load):
@@ -734,14 +767,14 @@ def open_steps(make_steps, step, load):
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
 
     def run(_):
-        t0 = time.perf_counter()
+        stopwatch = Stopwatch()
         for i, (at, size, width, height) in enumerate(samples):
             box = random_box(width, height, SCALE, RATIO, 0, 0, i)
             flip = step >= FLIP and i % 2 == 0
             pixels = load_picture(at, size, width, height, box, flip)
             if step == NORMALISE:
                 pixels.float().sub_(mean).div_(std)
-        return {"images_s": len(samples) / (time.perf_counter() - t0)}
+        return stopwatch.rates(len(samples))
     return run
 
 

@@ -7,6 +7,7 @@ that need a GPU.
 """
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -2585,6 +2586,29 @@ def test_bench_leaves_out_by_name(beton, folder, tmp_path, monkeypatch):
     assert "pip install ffcv" in missing["ESSL, FFCV's file converted"]
 
 
+def burn(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_bench_counts_the_cpu_time_of_workers():
+    """CPU time is that of a process, its threads, living workers and those that have ended."""
+    context = multiprocessing.get_context("fork")
+    stopwatch = bench_loader.Stopwatch()
+    ended = context.Process(target=burn, args=(0.2,))
+    ended.start()
+    ended.join()
+    living = concurrent.futures.ProcessPoolExecutor(1, context)
+    living.submit(burn, 0.2).result()
+    thread = threading.Thread(target=burn, args=(0.1,))  # burns 0.1 s of the process's time
+    thread.start()
+    thread.join()
+    seconds = stopwatch.rates(1000)["cpu_us"] * 1000 / 1e6
+    assert 0.45 < seconds < 1.5
+    living.shutdown()
+
+
 def open_counter(fails_at):
     """For a Row: passes of 0, 1, 2 ... images/s, one of which ends its process."""
     passes = itertools.count()
@@ -2593,7 +2617,7 @@ def open_counter(fails_at):
         number = next(passes)
         if number == fails_at:
             os._exit(1)
-        return {"memory_MB": 5.0} if with_memory else {"images_s": float(number)}
+        return {"memory_MB": 5.0} if with_memory else {"images_s": float(number), "cpu_us": 7.0}
     if fails_at == "opening":
         raise ValueError("it does not open")
     return run
@@ -2611,7 +2635,8 @@ def test_bench_goes_on_without_a_row_that_fails(capsys):
     assert [row["name"] for row in rows] == ["base", "good"]
     assert [text.split(":")[0] for text in report["left_out"]] == [row.name for row in failing]
     assert rows[1] == {"name": "good", "images_s": 3.0, "min": 2.0, "max": 4.0, "x base": 1.0,
-                       "memory_MB": 5.0, "passes": [2.0, 3.0, 4.0]}
+                       "cpu_us": 7.0, "x base by CPU time": 1.0, "memory_MB": 5.0,
+                       "passes": [2.0, 3.0, 4.0], "cpu_us_passes": [7.0, 7.0, 7.0]}
 
 
 @pytest.mark.parametrize("name, module", [
@@ -2704,6 +2729,7 @@ def test_bench_scaling_varies_one_thing_at_a_time(folder, tmp_path, monkeypatch)
             loads[1], path=0, ids=0)
         for row in rows:
             row.passes = [2.0, 1.0]
+            row.cpu_us = [3.0, 3.0]
         return [row.values() for row in rows]
     monkeypatch.setattr(bench_loader, "measure", measure)
     monkeypatch.setattr(bench_loader, "make_scaling_files", lambda _, side, quality: (
