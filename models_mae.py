@@ -308,7 +308,8 @@ class MaskedAutoencoderViT(nn.Module):
 
         No gradient goes into a target.
         """
-        imgs = self.normalize(imgs)
+        if not imgs.is_floating_point():  # else they are normalised, and forward() has seen them
+            imgs = self.normalize(imgs)
         imgs = imgs.to(torch.promote_types(imgs.dtype, torch.float32))
         target = targets(self, imgs, self.progress).to(imgs.dtype)  # (B, L, T)
         if not self.norm_pix_loss:

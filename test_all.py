@@ -3601,8 +3601,9 @@ def test_pretrain_on_cuda_keeps_its_memory_and_resumes(folder, tmp_path):
     assert log_of(tmp_path / "cut")[160]["loss"] == pytest.approx(log[-1]["loss"], abs=1e-3)
 
 
-def test_training_steps_keep_to_one_device():
-    """On a CUDA device that is not there: a tensor left on the CPU would be an error."""
+def test_training_steps_keep_to_one_device(monkeypatch):
+    """On a CUDA device that is not there: a tensor left on the CPU would be an error. The step
+    before reconstruct() looks at no value, for there are none."""
     vit = ViT(size_of("vit_nano_patch8"), 32, 5)
     with FakeTensorMode(), torch.device("cuda"):
         images = torch.empty(4, 3, 32, 32, dtype=torch.uint8)
@@ -3614,7 +3615,9 @@ def test_training_steps_keep_to_one_device():
         tensors = dict(vit.named_parameters()) | dict(vit.named_buffers())
         tensors = {k: torch.empty(v.shape) for k, v in tensors.items()}
         scores = torch.func.functional_call(vit, tensors, (finetune.color_jitter(augmented),))
-        for out in (module(images, labels, 0.75, noise)["loss"], model.reconstruct(images), scores,
+        loss = module(images, labels, 0.75, noise)["loss"]
+        monkeypatch.setattr(models_mae, "warn_of_range", lambda imgs: None)
+        for out in (loss, model.reconstruct(images), scores,
                     linprobe.knn_score(scores, scores, labels, 5), finetune.luma(images)):
             assert out.device.type == "cuda"
 
@@ -3692,7 +3695,8 @@ rank, world, *_ = linprobe.setup(0, training=False)
 ranks = [None] * world
 dist.all_gather_object(ranks, rank)
 dist.barrier()
-print("met" + "".join(map(str, ranks)) + "\\n", end="")  # in one write, between other ranks'
+print("met" + "".join(map(str, ranks)) + "\\n", end="", flush=True)  # one write for each rank
+dist.destroy_process_group()  # else gloo's threads may abort the process at its end
 """
 
 
@@ -4034,7 +4038,7 @@ def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path):
     rows = [json.loads(row) for row in (tmp_path / "run/results.jsonl").open()]
     assert [row["n"] for row in rows] == [13, 64]
     for bad in (["--batch-size", 1, "--total-batch", 1], ["--data", folder / "train/dark"]):
-        with pytest.raises(DataError, match="BatchNorm|no labels"):
+        with pytest.raises(DataError, match="at least 2|no labels"):
             train(linprobe, *words, *bad)
     state = torch.load(path, weights_only=True)
     state["modules"]["model.norm.weight"] *= 1.01
