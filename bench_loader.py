@@ -19,7 +19,7 @@ pixels: Appendix C, mean absolute difference of folder and .beton, of 1; in *_pi
 .beton, 8 x difference.
 scaling: ESSL against the same loader with libjpeg-turbo decoding whole pictures; *_scaling.png.
 Last line:
-    written: runs/bench.json, runs/bench.png
+    written: runs/bench.json, runs/bench.png, runs/bench_pixels.png
 """
 import argparse
 import ctypes
@@ -113,7 +113,8 @@ def start_report(args):
                      "memory_GB": memory / 1e9, "system": platform.platform(),
                      "load_average_before": os.getloadavg()},
         "versions": versions,
-        "left_out": []}
+        "left_out": [],
+        "plots": []}
 
 
 def write_report(path, report):
@@ -688,6 +689,7 @@ def bench_alternatives(args, sources, report):
     add_table(report, "methods", methods)
     if rows:
         plot_alternatives(rows, args.plot)
+        report["plots"].append(str(args.plot))
 
 
 # --- section: compression
@@ -818,7 +820,9 @@ def bench_pixels(args, sources, report):
         shown = torch.stack([a[:6], b[:6], (8 * difference[:6]).clamp(max=255).byte()])
     # (3, 6, 3, res, res) -> (3 * res, 6 * res, 3)
     picture = shown.permute(0, 3, 1, 4, 2).reshape(3 * args.res[0], -1, 3)
-    plt.imsave(args.plot.with_name(f"{args.plot.stem}_pixels.png"), picture.numpy())
+    path = args.plot.with_name(f"{args.plot.stem}_pixels.png")
+    plt.imsave(path, picture.numpy())
+    report["plots"].append(str(path))
     add_table(report, "pixels", [{"name": "folder, .beton", "images": len(means), "largest":
                                   max(means), "mean_difference": float(np.mean(means))}])
 
@@ -947,8 +951,9 @@ def bench_scaling(args, sources, report):
         for value in values:
             rows += measure(args, report, make_scaling_rows(args, sources, axis, value))
     add_table(report, "scaling", rows, hidden=["first_batch_s"])
-    cpu = report["hardware"]["cpu"]
-    plot_scaling(rows, cpu, args.plot.with_name(f"{args.plot.stem}_scaling.png"))
+    path = args.plot.with_name(f"{args.plot.stem}_scaling.png")
+    plot_scaling(rows, report["hardware"]["cpu"], path)
+    report["plots"].append(str(path))
 
 
 # --- all sections
@@ -977,7 +982,7 @@ def main(args):
             sys.exit(f"bench_loader: {error}")
         finally:
             end_children()  # else the end would wait for their passes
-    print(f"\nwritten: {args.json}, {args.plot}")
+    print(f"\nwritten: {', '.join([str(args.json), *report['plots']])}")
 
 
 if __name__ == "__main__":

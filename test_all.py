@@ -1426,7 +1426,7 @@ def test_bench_scaling_varies_one_thing_at_a_time(folder, tmp_path, monkeypatch)
     monkeypatch.setitem(bench_loader.USUAL, "picture", 60)
     args = bench_loader.get_args(["--data", str(folder / "train.beton"), "--images", "64",
                                   "--plot", str(tmp_path / "p.png"), "--num-workers", "1"])
-    report = {"hardware": {"cpu": "a CPU"}}
+    report = {"hardware": {"cpu": "a CPU"}, "plots": []}
     bench_loader.bench_scaling(args, None, report)
     values = {}
     for row in report["scaling"][::2]:
@@ -1437,6 +1437,7 @@ def test_bench_scaling_varies_one_thing_at_a_time(folder, tmp_path, monkeypatch)
     assert [paths.count(name) for name in ("60_80", "60_90", "120_95")] == [1, 1, 1]
     assert [loads[0].scale for loads in measured].count((0.5, 0.5)) == 1
     assert (tmp_path / "p_scaling.png").exists()
+    assert report["plots"] == [str(tmp_path / "p_scaling.png")]
 
 
 # --- the training scripts
