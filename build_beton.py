@@ -211,11 +211,6 @@ class DrawnPicture(NamedTuple):
     index: int
 
 
-def read_source(picture):
-    """A picture's bytes."""
-    return picture.read()
-
-
 @functools.lru_cache(1)
 def read_row_group(path, group, column):
     """The picture column of a parquet file's row group."""
@@ -1108,8 +1103,9 @@ def make_baseline(progressive, picture):
     jpeg = ctypes.string_at(buffer, size.value)
     lib.tj3Free(buffer)
     lib.tj3Destroy(handle)
+    # Where scans are missing, decoders smooth the progressive picture but not the baseline one
     if failed or Image.open(io.BytesIO(jpeg)).tobytes() != picture.tobytes():
-        return None  # decoders smooth over scans that are missing, and here they do not
+        return None
     return jpeg
 
 
@@ -1172,10 +1168,10 @@ def encode_sample(settings, job):
         if isinstance(job, SamplePicture):
             return copy_sample(job.path, job.index)
         longest = settings["max_resolution"]
-        if job.path == "demo":
+        if isinstance(job, DrawnPicture):
             picture = draw_picture(job.split, job.index)
         else:
-            data = read_source(job)
+            data = job.read()
             picture = Image.open(io.BytesIO(data))
             if settings["lossless"] and data[:2] == b"\xff\xd8":  # a JPEG
                 sample = keep_jpeg(data, picture, longest)
@@ -1308,8 +1304,9 @@ def write_beton(out, pictures, classes, settings, args, not_taken):
     names = []
     root = root_of(args.data_dir) if args.data_dir else "demo"
     out.parent.mkdir(parents=True, exist_ok=True)
-    add_index(compress(Image.new("RGB", (16, 16)), 95, "420"), 16, 16)  # loads its kernel: workers
-    with write_aside(out) as file:  # that are forked have it
+    # Compiles or loads the kernel here: worker processes are forked and have it then
+    add_index(compress(Image.new("RGB", (16, 16)), 95, "420"), 16, 16)
+    with write_aside(out) as file:
         results = in_order(functools.partial(encode_sample, settings), pictures, args.num_workers)
         for picture, result in zip(pictures, results):
             if isinstance(result, str):

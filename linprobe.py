@@ -277,7 +277,9 @@ def save_checkpoint(path, **state):  # written aside, then renamed: path is alwa
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a full disk
         tmp_path.unlink(missing_ok=True)
-        raise SystemExit(f"{path}: {e if isinstance(e, OSError) else e.__context__ or e}. Mend it.")
+        reason = e if isinstance(e, OSError) else e.__context__ or e
+        raise SystemExit(f"{path} cannot be written: {reason}. Make room for it, then give the "
+                         "same command again: the run goes on from its last checkpoint.")
     os.replace(tmp_path, path)
 
 

@@ -320,7 +320,9 @@ def save_checkpoint(path, **state):  # written aside, then renamed: path is alwa
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a full disk
         tmp_path.unlink(missing_ok=True)
-        raise SystemExit(f"{path}: {e if isinstance(e, OSError) else e.__context__ or e}. Mend it.")
+        reason = e if isinstance(e, OSError) else e.__context__ or e
+        raise SystemExit(f"{path} cannot be written: {reason}. Make room for it, then give the "
+                         "same command again: the run goes on from its last checkpoint.")
     os.replace(tmp_path, path)
 
 
@@ -573,7 +575,8 @@ class Window:
         means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
         all_skipped = scaler.get_scale() <= 0.5 ** self.steps  # each skipped step halved it
         if self.steps > enough and (all_skipped or not math.isfinite(means["loss"])):
-            raise DataError("Loss or gradients are not finite. Lower --blr, --resume none anew.")
+            raise DataError("Loss or gradients are not finite. Lower --blr, and start over with "
+                            "--resume none.")
         scaler.update(1.0)  # counts the skips of the next window
         return means
 
