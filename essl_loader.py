@@ -98,6 +98,14 @@ def tables_checksum(header, settings, samples, alloc):
     return checksum
 
 
+def crc32_of(*tables, start=0):
+    """crc32 over tables of whole numbers, as int64."""
+    checksum = start
+    for table in tables:
+        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
+    return checksum
+
+
 class DataError(ValueError):
     """What is wrong with a data file or folder, where, and what to do about it, in words."""
 
@@ -1811,7 +1819,8 @@ class BetonReader:
     entry a sample); settings (build_beton.py's, empty for FFCV's own files); classes (names or
     None); names (of the samples, each a path in its source, or None); excluded (sorted int64:
     samples that `build_beton.py --verify FILE --exclude-bad` found damaged, which loaders leave
-    out). Raises DataError that says what is wrong, where, and what to do.
+    out); checksum (another one for other data). Raises DataError that says what is wrong, where,
+    and what to do.
     """
 
     def __init__(self, path: str | Path):
@@ -1827,6 +1836,9 @@ class BetonReader:
         self.size = os.fstat(self.file.fileno()).st_size
         self.names = None
         self._read_tables()
+        self.checksum = self.settings.get("checksum")
+        if self.checksum is None:  # FFCV's file
+            self.checksum = crc32_of(self.labels, self.sizes, self.widths, self.heights)
         self._read_sidecar()
         if names_of(path).is_file():
             self.names = Names(names_of(path), self.settings.get("checksum"), self.num_samples)
@@ -2446,6 +2458,7 @@ class ESSLLoader(EpochLoader):
         self.classes = self.reader.classes
         self.names = self.reader.names
         self.excluded = self.reader.excluded
+        self.checksum = self.reader.checksum
         self.free_buffers = []  # for batches; those that no tensor holds
         self._epochs = set()
         super().__post_init__()
@@ -2740,6 +2753,7 @@ class FolderLoader(EpochLoader):
         folder = os.path.realpath(self.path)
         self.paths = [os.path.join(folder, name) for name in self.names]
         self.excluded = np.zeros(0, np.int64)
+        self.checksum = crc32_of(self.labels, start=zlib.crc32("\n".join(self.names).encode()))
         super().__post_init__()
 
     def __getitem__(self, position):
@@ -2810,35 +2824,6 @@ class FolderLoader(EpochLoader):
 
 
 # --- what a run checks before it begins
-def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1, least=1):
-    """Raises DataError, with flags that work, where steps are not whole batches of each rank.
-
-    num_samples: how often pictures are used in an epoch. batch_size: a multiple of `multiple`, and
-    at least `least` (2 where a BatchNorm is trained).
-    """
-    if min(total_batch, batch_size) > 0 and batch_size % multiple == 0 and batch_size >= least:
-        if total_batch % (batch_size * world_size) == 0 and total_batch <= num_samples:
-            return
-    if int(os.environ.get("RANK", 0)) > 0:
-        raise SystemExit(1)  # rank 0 says it
-    smallest = math.ceil(least / multiple) * multiple  # batch
-    if num_samples < smallest:
-        raise DataError(f"{num_samples} picture(s) are too few: a batch needs {smallest}. Give "
-                        "more pictures.")
-    world = min(world_size, num_samples // smallest)
-    processes = ""
-    if world < world_size:
-        processes = f"{world} process(es) in all, as by torchrun --nproc_per_node {world}, with "
-    batch = min(batch_size, total_batch // world, num_samples // world)
-    batch = max(smallest, batch // multiple * multiple)
-    total = max(1, min(total_batch, num_samples) // (batch * world)) * batch * world
-    raise DataError(
-        f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
-        f"{world_size} process(es), and at most {num_samples:,}, the number of pictures (x "
-        f"--repeat); --batch-size a multiple of {multiple}, at least {least}. This works: "
-        f"{processes}--total-batch {total} --batch-size {batch}")
-
-
 def labels_fault(loader):
     """Why nothing can be learned from a loader's labels, as the end of a sentence, or ""."""
     lowest = int(loader.labels.min())

@@ -20,7 +20,6 @@ import sys
 import time
 import timeit
 import uuid
-import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,8 +37,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import models_mae
-from essl_loader import DataError, check_batches, check_classes, check_labels, open_loader
-from schedules import FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, lr_at, stage_at, unused_stages
+from essl_loader import DataError, check_classes, check_labels, open_loader
+from schedules import (FINETUNE, FINETUNE_SCHEMES, FINETUNE_STAGES, check_batches, lr_at, stage_at,
+                       unused_stages)
 
 MIN_LR = 1e-6
 # At magnitude 10 timm's RandAug posterizes to 0 bits, which Pillow refuses
@@ -180,22 +180,6 @@ def lock_folder(folder):
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
         path.unlink()  # of runs that were killed while they saved
-
-
-def data_checksum(loader):
-    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
-    reader = getattr(loader, "reader", None)
-    if reader and "checksum" in reader.settings:
-        return reader.settings["checksum"]
-    checksum = 0
-    tables = [loader.labels]
-    if reader:  # FFCV's file
-        tables += [reader.sizes, reader.widths, reader.heights]
-    else:  # a folder
-        checksum = zlib.crc32("\n".join(loader.names).encode())
-    for table in tables:
-        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
-    return checksum
 
 
 def is_first_start(args, folder, free):
@@ -463,7 +447,7 @@ def main(args):
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     scheme_stages = [stage._asdict() for stage in FINETUNE_SCHEMES[args.scheme]]
     settings |= dict(num_samples=len(loader.indices), classes=classes, **model.settings,
-                     data_checksum=data_checksum(loader), scheme_stages=scheme_stages,
+                     data_checksum=loader.checksum, scheme_stages=scheme_stages,
                      shares=FINETUNE_STAGES)
     settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
     # The prefix "model." is that of pretraining's checkpoints

@@ -23,7 +23,6 @@ import socket
 import sys
 import time
 import uuid
-import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,8 +36,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import models_mae
-from essl_loader import DataError, check_batches, check_classes, open_loader
-from schedules import lr_at
+from essl_loader import DataError, check_classes, open_loader
+from schedules import check_batches, lr_at
 
 # Flags that a resumed run may change; all others must be those of the run before
 FREE = ("checkpoint", "data", "val_data", "output_dir", "batch_size", "compile", "resume",
@@ -168,22 +167,6 @@ def lock_folder(folder):
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
         path.unlink()  # of runs that were killed while they saved
-
-
-def data_checksum(loader):
-    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
-    reader = getattr(loader, "reader", None)
-    if reader and "checksum" in reader.settings:
-        return reader.settings["checksum"]
-    checksum = 0
-    tables = [loader.labels]
-    if reader:  # FFCV's file
-        tables += [reader.sizes, reader.widths, reader.heights]
-    else:  # a folder
-        checksum = zlib.crc32("\n".join(loader.names).encode())
-    for table in tables:
-        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
-    return checksum
 
 
 def is_first_start(args, folder, free):
@@ -418,7 +401,7 @@ def main(args):
     settings |= dict(num_samples=len(loader.indices), classes=classes, size=size, **vit)
     settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
     parts = dict(head=head, optimizer=optimizer)
-    settings["data_checksum"] = data_checksum(loader)
+    settings["data_checksum"] = loader.checksum
     first_start = is_first_start(args, folder, FREE)
     source = args.resume
     if last.exists() and not first_start:

@@ -31,7 +31,6 @@ import zlib
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -43,9 +42,9 @@ from tqdm import tqdm
 
 import models_mae
 import schedules
-from essl_loader import DataError, check_batches, check_classes, labels_fault, open_loader
-from schedules import (PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, Stage, lr_at,
-                       stage_at, unused_stages)
+from essl_loader import DataError, check_classes, labels_fault, open_loader
+from schedules import (PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, Stage,
+                       check_batches, lr_at, stage_at, unused_stages)
 
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
@@ -211,22 +210,6 @@ def lock_folder(folder):
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
         path.unlink()  # of runs that were killed while they saved
-
-
-def data_checksum(loader):
-    """Tells a data set from others with as many pictures; a .beton of ours knows its own."""
-    reader = getattr(loader, "reader", None)
-    if reader and "checksum" in reader.settings:
-        return reader.settings["checksum"]
-    checksum = 0
-    tables = [loader.labels]
-    if reader:  # FFCV's file
-        tables += [reader.sizes, reader.widths, reader.heights]
-    else:  # a folder
-        checksum = zlib.crc32("\n".join(loader.names).encode())
-    for table in tables:
-        checksum = zlib.crc32(np.ascontiguousarray(table, np.int64), checksum)
-    return checksum
 
 
 def is_first_start(args, folder, free):
@@ -730,7 +713,7 @@ def main(args):
 
     # --- resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=len(loader.indices), data_checksum=data_checksum(loader),
+    settings |= dict(num_samples=len(loader.indices), data_checksum=loader.checksum,
                      scheme_stages=[stage._asdict() for stage in scheme], betas=PRETRAIN["betas"],
                      targets=source_of(models_mae.targets),
                      masking_noise=source_of(models_mae.masking_noise), **model.settings)

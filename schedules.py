@@ -8,6 +8,7 @@ The last line is that of the lean scheme:
 """
 import argparse
 import math
+import os
 from typing import NamedTuple
 
 IMAGENET = 1_281_167  # training pictures of ImageNet-1k
@@ -102,6 +103,36 @@ def lr_at(step, steps, warmup_steps, lr, min_lr=0.0):
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# --- batches
+def check_batches(num_samples, total_batch, batch_size, world_size, multiple=1, least=1):
+    """Ends the script with flags that work, where a step is not made of whole batches of all ranks.
+
+    num_samples: how often pictures are used in an epoch. batch_size: a multiple of `multiple`, and
+    at least `least` (2 where a BatchNorm is trained).
+    """
+    if min(total_batch, batch_size) > 0 and batch_size % multiple == 0 and batch_size >= least:
+        if total_batch % (batch_size * world_size) == 0 and total_batch <= num_samples:
+            return
+    if int(os.environ.get("RANK", 0)) > 0:
+        raise SystemExit(1)  # rank 0 says it
+    smallest = math.ceil(least / multiple) * multiple  # batch
+    if num_samples < smallest:
+        raise SystemExit(f"{num_samples} picture(s) are too few: a batch needs {smallest}. Give "
+                         "more pictures.")
+    world = min(world_size, num_samples // smallest)
+    processes = ""
+    if world < world_size:
+        processes = f"{world} process(es) in all, as by torchrun --nproc_per_node {world}, with "
+    batch = min(batch_size, total_batch // world, num_samples // world)
+    batch = max(smallest, batch // multiple * multiple)
+    total = max(1, min(total_batch, num_samples) // (batch * world)) * batch * world
+    raise SystemExit(
+        f"--total-batch {total_batch} should be a multiple of --batch-size {batch_size} x "
+        f"{world_size} process(es), and at most {num_samples:,}, the number of pictures (x "
+        f"--repeat); --batch-size a multiple of {multiple}, at least {least}. This works: "
+        f"{processes}--total-batch {total} --batch-size {batch}")
 
 
 # --- equations 1 to 3: RandomResizedCrop with area ~ U(low^2, high^2), so side ratio in (low, high)
