@@ -6,13 +6,16 @@
     python linprobe.py --checkpoint none                             # random weights, the floor
     python linprobe.py --checkpoint runs/pretrain/last.pt --features FILE.npz  # those of --data
 
---features writes arrays of a row for each picture, and ends: features (n, D) of centre crops in
-float16, labels (n,), -1 for none, names (n,), paths in the source, if the file has them, and
-samples (n,), numbers in the file. Else the last line is the result, which results.jsonl keeps:
+--features writes arrays with a row for each picture: features (n, D) of centre crops in float16,
+labels (n,), -1 for none, samples (n,), the picture's number in the file, and, if the file has them,
+names (n,), its path in the source. Without --features the last line is the result, which
+results.jsonl keeps:
     done: linear probe on cls features, top-1 92.00 % of 200 pictures, 0:01:05
 """
 import argparse
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -37,6 +40,7 @@ from tqdm import tqdm
 
 import models_mae
 from essl_loader import DataError, check_classes, open_loader
+from models_mae import WeightsError
 from schedules import check_batches, lr_at
 
 # Flags that a resumed run may change; all others must be those of the run before
@@ -45,57 +49,72 @@ FREE = ("checkpoint", "data", "val_data", "output_dir", "batch_size", "compile",
 
 
 def get_args(argv):
-    both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = p.add_argument
-    add("--checkpoint", required=True, help="ours, MAE's, timm's, Hugging Face's; none: random")
-    add("--pool", default="cls", choices=("cls", "mean"), help="class token or mean of patches")
-    add("--knn", action="store_true", help="k-nearest neighbours instead of a linear probe")
-    add("--cached", action="store_true", help="train on features of centre crops, kept in memory")
-    add("--features", type=Path, metavar="FILE.npz", help="only write features of --data here")
+    on_off = argparse.BooleanOptionalAction
+    add("--checkpoint", required=True,
+        help="the encoder: ours, official MAE's, timm's, Hugging Face's; none: random weights")
+    add("--pool", default="cls", choices=("cls", "mean"),
+        help="the features: the class token, or the mean of the patch tokens")
+    add("--knn", action="store_true", help="k-nearest neighbours in the place of a linear probe")
+    add("--cached", action="store_true",
+        help="train on features of centre crops, which are computed once and kept in memory")
+    add("--features", type=Path, metavar="FILE.npz",
+        help="only write the features of --data to this file")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or class folders")
     add("--val-data", default="data/val_500_100.beton", help="held-out set, likewise")
     add("--output-dir", default="runs/linprobe", help="the run's folder")
-    add("--model", choices=models_mae.VIT_SIZES, help="default the checkpoint's, else ViT-B")
-    add("--input-size", type=int, help="resolution; default the checkpoint's, else 224")
+    add("--model", choices=models_mae.VIT_SIZES,
+        help="model size; the default is the checkpoint's, else ViT-B")
+    add("--input-size", type=int,
+        help="resolution in pixels; the default is the checkpoint's, else 224")
     add("--epochs", type=int, default=90, help="passes over the data")
-    add("--warmup-epochs", type=float, default=10, help="linear warm-up")
+    add("--warmup-epochs", type=float, default=10,
+        help="epochs in which the learning rate rises from 0")
     add("--blr", type=float, default=0.1, help="learning rate for 256 images a step")
-    add("--weight-decay", type=float, default=0.0, help="of the matrix")
-    add("--total-batch", type=int, default=16384, help="pictures a step, over all GPUs")
-    add("--batch-size", type=int, default=512, help="of one GPU at once; the rest by accumulation")
-    on_off = argparse.BooleanOptionalAction
-    add("--compile", action=on_off, default=torch.cuda.is_available(), help="by torch.compile")
-    add("--seed", type=int, default=0, help="of weights, order and crops")
-    add("--resume", default="auto", help="auto: from the run's last.pt if there; none; or a PATH")
+    add("--weight-decay", type=float, default=0.0, help="weight decay; the bias has none")
+    add("--total-batch", type=int, default=16384, help="pictures in a step, over all GPUs")
+    add("--batch-size", type=int, default=512,
+        help="pictures that a GPU computes at once; gradients add up to --total-batch")
+    add("--compile", action=on_off, default=torch.cuda.is_available(), help="use torch.compile")
+    add("--seed", type=int, default=0, help="decides weights, order and crops")
+    add("--resume", default="auto",
+        help="auto: go on from the run's last.pt if there is one; none: begin a new run; PATH: "
+             "begin from this checkpoint. none and PATH count once")
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
-    add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
+    add("--order", default="random", choices=("random", "pages"),
+        help="pages: for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
-    args = p.parse_args(re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
-                        for word in argv)
+    args = parse_flags(p, argv)
     if args.features and args.features.suffix != ".npz":
-        p.error(f"--features writes a .npz, found {args.features}.")
+        p.error(f"--features writes a .npz, but its name is {args.features}.")
+    return args
+
+
+# --- setup: the same text in pretrain.py, finetune.py and linprobe.py
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the flags' defaults, and the docstring as it is written."""
+
+
+def parse_flags(parser, argv):
+    """argv -> arguments. --total_batch is --total-batch; a warm-up lasts at most 1/4 of the run."""
+    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    args = parser.parse_args(words)
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
         print0(f"--warmup-epochs is shortened to {args.warmup_epochs:g}, a quarter of --epochs.")
     return args
 
 
-# --- setup: the same text in pretrain.py, finetune.py and linprobe.py
 def setup(seed, training):
-    """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
+    """Joins the processes that torchrun started -> rank, world_size, device, stop.
+
+    stop is a tensor (1,), which the signals SIGTERM, SIGINT and SIGUSR1 set to 1 in training.
+    """
     rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    tasks = int(os.environ.get("SLURM_NTASKS", 1))
-    if tasks > 1 and "RANK" not in os.environ:
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        raise SystemExit(
-            f"Slurm starts {tasks} processes (SLURM_NTASKS), and each would be a run of its own. "
-            f"This makes one run of them: srun --ntasks {nodes} --cpus-per-task $SLURM_CPUS_ON_NODE"
-            f" torchrun --nnodes {nodes} --nproc_per_node {tasks // nodes} --rdzv-backend c10d "
-            f"--rdzv-endpoint $(hostname):29500 {shlex.join(sys.argv)} (for one process alone: "
-            "unset SLURM_NTASKS)")
-    if rank >= world:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    refuse_tasks_without_ranks()
+    if rank >= world_size:
         raise SystemExit(f"RANK {rank} needs a WORLD_SIZE above it. torchrun sets both.")
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -103,58 +122,125 @@ def setup(seed, training):
         device = torch.device("cuda", int(gpu))
         torch.cuda.set_device(device)
     elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise SystemExit("torch cannot use the GPU. Update its driver; CPU: CUDA_VISIBLE_DEVICES=")
-    if world > 1:
+        raise SystemExit("There is a GPU, but torch cannot use it. Update the GPU's driver, or "
+                         "train on the CPU: export CUDA_VISIBLE_DEVICES=")
+    if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = connect(rank, world)
-        dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
+        store = connect(rank, world_size)
+        dist.init_process_group(backend, None, timedelta(hours=1), world_size, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
-        signal.signal(number, lambda *_, flag=stop.numpy(): flag.fill(1))  # also amid torch.compile
-    return rank, world, device, stop
+    flag = stop.numpy()  # the same memory; torch's own operations would fail amid torch.compile
+    if training:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: flag.fill(1))
+    return rank, world_size, device, stop
 
 
-def connect(rank, world, minutes=5):
-    """The store by which the ranks find one another, behind a prefix that is new at each start.
+def refuse_tasks_without_ranks():
+    """Ends a Slurm task that is one of several and does not know its rank, and says what to run."""
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks == 1 or "RANK" in os.environ:
+        return
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    raise SystemExit(
+        f"Slurm starts {tasks} processes (SLURM_NTASKS), and each would be a run of its own. "
+        f"This makes one run of them: srun --ntasks {nodes} --cpus-per-task $SLURM_CPUS_ON_NODE"
+        f" torchrun --nnodes {nodes} --nproc_per_node {tasks // nodes} --rdzv-backend c10d "
+        f"--rdzv-endpoint $(hostname):29500 {shlex.join(sys.argv)} (for one process alone: "
+        "unset SLURM_NTASKS)")
+
+
+def connect(rank, world_size, minutes=5):
+    """The store through which the ranks find one another, with a prefix that is new at each start.
 
     After a restart torchrun's store still holds the addresses of dead ranks, and the agents of two
-    machines count restarts apart. So each rank asks under a new name, and rank 0 answers with the
-    prefix. Without torchrun's agent rank 0 serves the store.
+    machines count restarts separately, so their count cannot serve as the prefix. Instead each rank
+    leaves a key of its own in the store, and rank 0 answers under that key with the prefix. Where
+    torchrun's agent does not serve the store, rank 0 does.
     """
     missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
     if missing:
-        raise SystemExit(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set. "
+        raise SystemExit(f"WORLD_SIZE is {world_size}, but {', '.join(sorted(missing))} not set. "
                          "torchrun sets all of them.")
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    own_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(minutes=minutes)
-    name = uuid.uuid4().hex
+    own_key = uuid.uuid4().hex
     try:
-        store = dist.TCPStore(*address, is_master=own_server, timeout=limit, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
         if rank > 0:
-            store.set(f"rank {rank}", name)
-            prefix = store.get(name).decode()  # waits for rank 0
-            store.add(prefix, 1)
+            store.set(f"rank {rank}", own_key)
+            prefix = store.get(own_key).decode()  # waits for rank 0's answer
+            store.add(prefix, 1)  # rank 0 counts who has read it
             return dist.PrefixStore(prefix, store)
     except dist.DistError as e:
-        raise SystemExit(f"Rank {rank}: no answer of rank 0 at {address[0]}:{address[1]}. {e}")
-    keys = [f"rank {other}" for other in range(1, world)]
+        raise SystemExit(f"Rank {rank} got no answer from rank 0 at {host}:{port}. {e}")
+    prefix = own_key
     start = time.monotonic()
-    while store.add(name, 0) < world - 1:
-        for key in keys:  # what a dead rank asked gets an answer too, which nobody reads
-            if store.check([key]):
-                store.set(store.get(key), name)
+    while store.add(prefix, 0) < world_size - 1:
+        for other in range(1, world_size):
+            if store.check([f"rank {other}"]):  # a dead rank's key is answered too; nobody reads it
+                store.set(store.get(f"rank {other}"), prefix)
         if time.monotonic() - start > limit.total_seconds():
-            raise SystemExit(f"{store.add(name, 0) + 1} of {world} ranks came within {minutes} "
-                             "minutes. Start all of them.")
+            raise SystemExit(f"{store.add(prefix, 0) + 1} of {world_size} ranks came within "
+                             f"{minutes} minutes. Start all of them.")
         time.sleep(0.02)
-    return dist.PrefixStore(name, store)
+    return dist.PrefixStore(prefix, store)
+
+
+def check_ranks(**values):
+    """Ends the run where ranks differ: they would wait for one another, or train on other data."""
+    if not dist.is_initialized():
+        return
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, values)
+    differences = []
+    for name in values:
+        if any(other[name] != ranks[0][name] for other in ranks):
+            on_ranks = [f"{other[name]} on rank {rank}" for rank, other in enumerate(ranks)]
+            differences.append(f"{name}: {', '.join(on_ranks)}")
+    if differences and dist.get_rank() > 0:
+        raise SystemExit(1)  # rank 0 says why
+    if differences:
+        raise SystemExit(f"The ranks differ. {'; '.join(differences)}. All machines must see the "
+                         "same data and --output-dir, and get the same command.")
+
+
+def on_any_rank(flag):
+    """Whether the flag (1,) is set on a rank: so all ranks stop after the same step."""
+    flag = flag.clone()  # a signal may set it at any moment
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
+    return bool(flag)
+
+
+def leave():
+    """The ranks end together: if one ended first, torchrun would kill rank 0 while it writes."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def print0(text):
+    """Rank 0 prints; a progress bar stays below."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def log(board, step, **values):
+    """Writes a line of log.jsonl, and the same to TensorBoard. On ranks but 0 board is None."""
+    if board:
+        with open(Path(board.log_dir, "log.jsonl"), "a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
 
 
 def lock_folder(folder):
-    """A run has its folder alone. The kernel takes the lock back when the process ends."""
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closing it would end the lock
+    """Keeps a second run out of the folder. The kernel ends the lock with this process."""
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: closing ends the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -169,90 +255,75 @@ def lock_folder(folder):
         path.unlink()  # of runs that were killed while they saved
 
 
-def is_first_start(args, folder, free):
-    """Whether --resume none or PATH counts: not where the same command began the folder's run.
+def starts_over(args, folder, free):
+    """Whether this start begins a new run, as --resume none or --resume PATH ask, or goes on.
 
-    free: flags in which it may differ. Such a run goes on from its last.pt.
+    The same command again must go on with the run that it began. So --resume none and PATH count
+    only where the folder's run, by its args.json, had another command. free: the flags that are
+    left out of this comparison.
     """
     last = folder / "last.pt"
     if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
         return False
     try:
         before = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # there is none, or it is damaged
         return True
     if args.resume == "none" and before.get("finished"):
         return True
-    command = json.loads(json.dumps(vars(args), default=str))
-    return any(before.get(flag) != value for flag, value in command.items()
-               if flag not in free or flag == "resume")
+    command = json.loads(json.dumps(vars(args), default=str))  # as args.json holds it
+    compared = [flag for flag in command if flag == "resume" or flag not in free]
+    return any(before.get(flag) != command[flag] for flag in compared)
 
 
-def begin_run(args, folder):
-    """An earlier run in the folder goes into old_1/, and --resume PATH becomes last.pt."""
-    tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
-    if args.resume != "none":
-        shutil.copyfile(args.resume, tmp_path)
-    put_aside(folder)
-    if args.resume != "none":
-        os.replace(tmp_path, folder / "last.pt")
+def resume_path(args, folder, new_run):
+    """The checkpoint that this start goes on from, or None."""
+    last = folder / "last.pt"
+    if not new_run and last.exists():
+        return last
+    if args.resume in ("auto", "none"):
+        return None
+    return Path(args.resume)
+
+
+def begin_run(args, folder, new_run, **about):
+    """Writes args.json. A new run first puts an earlier one aside and copies PATH to last.pt."""
+    if new_run:
+        tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
+        if args.resume != "none":
+            shutil.copyfile(args.resume, tmp_path)  # it may lie among what is put aside
+        put_aside(folder)
+        if args.resume != "none":
+            os.replace(tmp_path, folder / "last.pt")
+    write_args(args, folder, **about)
 
 
 def put_aside(folder):
-    """What an earlier run left in a folder goes into old_1/, or the next free number."""
+    """Moves what an earlier run left in a folder into old_1/, or the next free number."""
     patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
                 "results.jsonl", "events.out.*", "scripts")
-    files = [path for pattern in patterns for path in folder.glob(pattern)]
-    if not files:
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not paths:
         return
     number = 1
     while (folder / f"old_{number}").exists():
         number += 1
     old = folder / f"old_{number}"
     old.mkdir()
-    for path in files:
+    for path in paths:
         path.rename(old / path.name)
     print0(f"The earlier run in {folder} is now in {old}.")
 
 
-def write_args(args, folder, **values):
-    """args.json: the flags of the run in this folder."""
+def write_args(args, folder, **about):
+    """args.json: the flags of the run in this folder, and what else is known about it."""
     tmp_path = folder / f"args.json.tmp-{os.getpid()}"
-    tmp_path.write_text(json.dumps(vars(args) | values, indent=1, default=str))
+    tmp_path.write_text(json.dumps(vars(args) | about, indent=1, default=str))
     os.replace(tmp_path, folder / "args.json")
 
 
-def check_ranks(**values):
-    """Ends the run where ranks differ: they would wait for one another, or train on other data."""
-    if not dist.is_initialized():
-        return
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, values)
-    differences = []
-    for name in values:
-        found = [f"{other[name]} on rank {rank}" for rank, other in enumerate(ranks)]
-        if any(other[name] != ranks[0][name] for other in ranks):
-            differences.append(f"{name}: {', '.join(found)}")
-    if differences and dist.get_rank() > 0:
-        raise SystemExit(1)  # rank 0 says it
-    if differences:
-        raise SystemExit(f"The ranks differ. {'; '.join(differences)}. All machines must see the "
-                         "same data and --output-dir, and get the same command.")
-
-
-def leave():
-    """The ranks end together: torchrun would kill rank 0 while it writes if another ended first."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def print0(text):
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
-
-
-def save_checkpoint(path, **state):  # written aside, then renamed: path is always whole
+def save_checkpoint(path, **state):
+    """Writes aside, then renames: the file at `path` is always whole."""
     tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
@@ -260,52 +331,50 @@ def save_checkpoint(path, **state):  # written aside, then renamed: path is alwa
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a full disk
         tmp_path.unlink(missing_ok=True)
-        reason = e if isinstance(e, OSError) else e.__context__ or e
+        reason = e
+        if isinstance(e, RuntimeError):
+            reason = e.__context__ or e
         raise SystemExit(f"{path} cannot be written: {reason}. Make room for it, then give the "
                          "same command again: the run goes on from its last checkpoint.")
     os.replace(tmp_path, path)
-
-
-def log(board, step, **values):  # board is None on all ranks but 0
-    if board:
-        with open(Path(board.log_dir, "log.jsonl"), "a") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            board.add_scalar(name, value, step)
 # --- end setup
 
 
 # --- features
-def encoded(model, loader, autocast, stop=None):
-    """The loader's batches with features (B, D) in the place of pictures; `stop` ends the run."""
+def encoded(encoder, loader, autocast, stop=None):
+    """The loader's batches with features (B, D) in the place of pictures; a signal ends the run."""
     for images, labels in loader:
         if stop:
-            raise SystemExit("linprobe: stopped before training; give the command again.")
+            raise SystemExit("linprobe: stopped before training. Give the same command again.")
         # The last batch may be short: not worth compiling for, so it goes by the plain forward
-        encode = model if len(images) == loader.batch_size else model.forward
+        encode = encoder if len(images) == loader.batch_size else encoder.forward
         with torch.no_grad(), autocast:
             features = encode(images)
         yield features.float(), labels  # outside: a generator's no_grad would reach its caller
 
 
-def store_features(model, loader, autocast, stop):
+def store_features(encoder, loader, autocast, stop):
     """All features (n, D) as one float16 tensor and labels (n,) on the CPU, on every rank."""
-    bar = tqdm(encoded(model, loader, autocast, stop), "features", len(loader), disable=None)
-    features, labels = zip(*((x.half().cpu(), y.cpu()) for x, y in bar))
     share = slice(loader.rank, None, loader.world_size)  # a rank has every world_size-th picture
-    all_features = torch.zeros(loader.num_samples, model.embed_dim, dtype=torch.float16)
+    own_features = []
+    own_labels = []
+    batches = encoded(encoder, loader, autocast, stop)
+    for features, labels in tqdm(batches, "features", len(loader), disable=None):
+        own_features.append(features.half().cpu())
+        own_labels.append(labels.cpu())
+    all_features = torch.zeros(loader.num_samples, encoder.embed_dim, dtype=torch.float16)
     all_labels = torch.zeros(loader.num_samples, dtype=torch.int64)
-    all_features[share] = torch.cat(features)
-    all_labels[share] = torch.cat(labels)
-    if dist.is_initialized():  # the other ranks' are zeros
+    all_features[share] = torch.cat(own_features)
+    all_labels[share] = torch.cat(own_labels)
+    if dist.is_initialized():  # the other ranks' rows are zeros here: the sum has all
         dist.all_reduce(all_features)
         dist.all_reduce(all_labels)
     return all_features, all_labels
 
 
-def write_features(path, model, loader, autocast):
+def write_features(path, encoder, loader, autocast):
     """All features of a set, with what leads from a row back to its picture, in an .npz."""
-    features, labels = store_features(model, loader, autocast, None)
+    features, labels = store_features(encoder, loader, autocast, None)
     samples = np.setdiff1d(loader.indices, loader.excluded)
     arrays = dict(features=features.numpy(), labels=labels.numpy(), samples=samples)
     if loader.names:
@@ -337,186 +406,245 @@ def knn_score(features, bank, bank_labels, classes, k=20, temperature=0.07):
     return votes.scatter_add_(1, bank_labels[index], ((near - 1) / temperature).exp())
 
 
+# --- training the probe
+def training_batches(args, loader, encoder, stored, autocast, first_step, num_steps):
+    """Yields one micro-batch of features (B, D) and labels (B,) after the other.
+
+    stored: the features and labels of the training set, shuffled anew in each epoch; or None: the
+    loader's random crops are encoded.
+    """
+    accum = args.total_batch // (args.batch_size * loader.world_size)
+    steps_per_epoch = num_steps // args.epochs
+    for epoch in range(first_step // steps_per_epoch, args.epochs):
+        steps_skipped = max(0, first_step - epoch * steps_per_epoch)  # in the epoch of a resume
+        done = steps_skipped * args.total_batch  # pictures of this epoch, of all ranks
+        if stored:
+            features, labels = stored
+            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(features), generator=rng)
+            order = order[done:steps_per_epoch * args.total_batch]
+            order = order[loader.rank::loader.world_size]
+            batches = stored_batches(features, labels, order, args.batch_size, loader.device)
+        else:
+            loader.set_epoch(epoch)
+            loader.load_state_dict(loader.state_dict() | {"samples": done})
+            batches = encoded(encoder, loader, autocast)
+        with contextlib.closing(batches):
+            yield from itertools.islice(batches, (steps_per_epoch - steps_skipped) * accum)
+
+
+def make_head(dim, classes):
+    """MAE's linear probe: BatchNorm without weights, and a linear layer."""
+    head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), nn.Linear(dim, classes))
+    nn.init.normal_(head[1].weight, std=0.01)
+    nn.init.zeros_(head[1].bias)
+    return head
+
+
 def make_optimizer(matrix, vector, weight_decay):
     """LARS: trust scaling and weight decay for the matrix alone."""
-    matrix = {"params": [matrix], "always_adapt": True, "weight_decay": weight_decay}
-    return Lars([matrix, {"params": [vector]}], momentum=0.9, trust_coeff=0.001)
+    matrix_group = {"params": [matrix], "always_adapt": True, "weight_decay": weight_decay}
+    return Lars([matrix_group, {"params": [vector]}], momentum=0.9, trust_coeff=0.001)
+
+
+def set_lr(optimizer, step, num_steps, args):
+    """Sets a step's learning rate in both groups, and returns it."""
+    peak_lr = args.blr * args.total_batch / 256
+    warmup_steps = args.warmup_epochs * (num_steps // args.epochs)
+    lr = lr_at(step, num_steps, warmup_steps, peak_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def mean_over_ranks(loss_sum, micro_batches, head):
+    """The epoch's mean loss. Rank 0's BatchNorm goes to all ranks: each saw other pictures."""
+    if dist.is_initialized():
+        dist.all_reduce(loss_sum)
+        micro_batches *= dist.get_world_size()
+        for buffer in head.buffers():
+            dist.broadcast(buffer, 0)
+    return loss_sum.item() / micro_batches
+
+
+# --- results
+def measure(score, val_features, val_labels, batch_size, rank, world_size, device):
+    """{top1, top5, n} of the held-out features; score: features (B, D) -> (B, classes)."""
+    own = torch.arange(rank, len(val_features), world_size)
+    batches = stored_batches(val_features, val_labels, own, batch_size, device)
+    return models_mae.accuracy(((score(x), y) for x, y in batches), device)
+
+
+def finish(args, kind, result, start, rank):
+    """Adds the result to results.jsonl and prints the last line."""
+    if rank == 0:
+        row = dict(kind=kind, pool=args.pool, checkpoint=args.checkpoint, **result)
+        with open(Path(args.output_dir, "results.jsonl"), "a") as f:
+            f.write(json.dumps(row) + "\n")
+    print0(f"done: {kind} on {args.pool} features, top-1 {result['top1']:.2f} % of "
+           f"{result['n']:,} pictures, {timedelta(seconds=int(time.monotonic() - start))}")
+
+
+def settings_of(args, loader, weights, vit, size, classes):
+    """All that changes the result: a run that goes on must have the same."""
+    settings = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    sum_of_weights = sum(tensor.double().abs().sum() for tensor in weights.values())
+    return settings | vit | dict(
+        num_samples=len(loader.indices), data_checksum=loader.checksum, classes=classes, size=size,
+        weights=f"{sum_of_weights:.9g}")
 
 
 def main(args):
     start = time.monotonic()
+    trains = not (args.knn or args.features)
     if args.features and args.features.exists():
-        raise DataError(f"{args.features} exists: it is not replaced. Name another file.")
-    rank, world, device, stop = setup(args.seed, training=not (args.knn or args.features))
+        raise DataError(f"{args.features} exists and is not replaced. Name another file.")
+    rank, world_size, device, stop = setup(args.seed, training=trains)
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not (args.knn or args.features):
-        lock_folder(folder)
     last = folder / "last.pt"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and trains:
+        lock_folder(folder)
 
-    # --- model, frozen
+    # --- encoder, frozen
     weights, ckpt_settings, _ = models_mae.read_weights(args.checkpoint)
     vit = models_mae.vit_settings(args.model, ckpt_settings, args.checkpoint)
     size = args.input_size or ckpt_settings.get("img_size", 224)
-    model = models_mae.ViT(vit, size, classes=0, pool=args.pool)
+    encoder = models_mae.ViT(vit, size, classes=0, pool=args.pool)
     if weights:
-        models_mae.load_into(model, weights, args.checkpoint)
-    model = model.to(device).eval().requires_grad_(False)
+        models_mae.load_into(encoder, weights, args.checkpoint)
+    encoder = encoder.to(device).eval().requires_grad_(False)
     if args.compile:
-        model.compile(dynamic=False)
+        encoder.compile(dynamic=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    # --- data. The published crop tries one box and clips it; ours tries ten, of the same areas
+    # --- data
     shared = dict(res=size, num_workers=args.num_workers, seed=args.seed, rank=rank,
-                  world_size=world, device=device)
+                  world_size=world_size, device=device)
     if args.features:
         loader = open_loader(args.data, args.batch_size, train=False, **shared)
-        return write_features(args.features, model, loader, autocast)
-    with open_loader(args.data, 1) as loader:
-        if not args.knn:
-            check_batches(loader.num_samples, args.total_batch, args.batch_size, world, least=2)
-    stored = args.cached or args.knn
-    loader = open_loader(args.data, args.batch_size, train=not stored, scale=(0.08, 1.0),
+        return write_features(args.features, encoder, loader, autocast)
+    if trains:
+        with open_loader(args.data, 1) as loader:  # to know how many pictures there are
+            check_batches(loader.num_samples, args.total_batch, args.batch_size, world_size,
+                          least=2)  # a BatchNorm is trained
+    stores = args.cached or args.knn
+    # The published crop tries one box and clips it; ours tries ten, of the same areas
+    loader = open_loader(args.data, args.batch_size, train=not stores, scale=(0.08, 1.0),
                          order=args.order, **shared)
     val = open_loader(args.val_data, args.batch_size, train=False, **shared)
     check_classes(loader, val)
     classes = len(loader.classes or ()) or int(loader.labels.max()) + 1
 
+    # --- nearest neighbours
+    if args.knn:
+        check_ranks(**settings_of(args, loader, weights, vit, size, classes))
+        bank, bank_labels = store_features(encoder, loader, autocast, stop)
+        val_features, val_labels = store_features(encoder, val, autocast, stop)
+        bank = F.normalize(bank.to(device).float(), dim=1)  # float16 would make ties
+        bank_labels = bank_labels.to(device)
+        batch_size = max(1, min(512, 2 ** 26 // len(bank)))  # the similarities take memory
+
+        def score(features):
+            return knn_score(features, bank, bank_labels, classes)
+
+        result = measure(score, val_features, val_labels, batch_size, rank, world_size, device)
+        finish(args, "kNN", result, start, rank)
+        return leave()
+
     # --- head and optimizer
-    accum = args.total_batch // (args.batch_size * world)
+    accum = args.total_batch // (args.batch_size * world_size)
     steps_per_epoch = loader.num_samples // args.total_batch
-    steps = args.epochs * steps_per_epoch
-    peak_lr = args.blr * args.total_batch / 256
-    head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6),
-                         nn.Linear(model.embed_dim, classes))
-    nn.init.normal_(head[1].weight, std=0.01)
-    nn.init.zeros_(head[1].bias)
-    ddp_head = head.to(device)
-    if world > 1:
+    num_steps = args.epochs * steps_per_epoch
+    head = make_head(encoder.embed_dim, classes).to(device)
+    ddp_head = head
+    if world_size > 1:
         ddp_head = nn.parallel.DistributedDataParallel(head)
     optimizer = make_optimizer(head[1].weight, head[1].bias, args.weight_decay)
 
     # --- resume; then features, so that a wrong flag ends the run before they are computed
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=len(loader.indices), classes=classes, size=size, **vit)
-    settings["weights"] = f"{sum(v.double().abs().sum() for v in weights.values()):.9g}"
+    settings = settings_of(args, loader, weights, vit, size, classes)
     parts = dict(head=head, optimizer=optimizer)
-    settings["data_checksum"] = loader.checksum
-    first_start = is_first_start(args, folder, FREE)
-    source = args.resume
-    if last.exists() and not first_start:
-        source = "auto"
-    if args.knn:
-        source = "none"
-    state = models_mae.resume(source, last, settings, vars(get_args(["--checkpoint="])), **parts)
-    step = state["step"] if state else 0
-    check_ranks(step=step, batch_size=args.batch_size, **settings)
-    if stored:
-        bank, bank_labels = store_features(model, loader, autocast, stop)
-    val_features, val_labels = store_features(model, val, autocast, stop)  # they never change
+    new_run = starts_over(args, folder, FREE)
+    state = models_mae.resume(resume_path(args, folder, new_run), settings,
+                              vars(get_args(["--checkpoint="])), **parts)
+    first_step = state["step"] if state else 0
+    check_ranks(step=first_step, batch_size=args.batch_size, **settings)
+    stored = None
+    if stores:
+        stored = store_features(encoder, loader, autocast, stop)
+    val_features, val_labels = store_features(encoder, val, autocast, stop)  # they never change
+    val_set = (val_features, val_labels, args.batch_size, rank, world_size, device)
 
-    def measure(score, batch_size):  # score: features (B, D) -> (B, classes)
-        share = torch.arange(rank, len(val_features), world)
-        batches = stored_batches(val_features, val_labels, share, batch_size, device)
-        return models_mae.accuracy(((score(x), y) for x, y in batches), device)
-
-    def finish(kind, result):
-        row = json.dumps(dict(kind=kind, pool=args.pool, checkpoint=args.checkpoint, **result))
-        if rank == 0:
-            with open(folder / "results.jsonl", "a") as f:
-                f.write(row + "\n")
-        print0(f"done: {kind} on {args.pool} features, top-1 {result['top1']:.2f} % of "
-               f"{result['n']:,} pictures, {timedelta(seconds=int(time.monotonic() - start))}")
-
-    if args.knn:
-        bank = F.normalize(bank.to(device).float(), dim=1)  # float16 would make ties
-        bank_labels = bank_labels.to(device)
-        batch_size = max(1, min(512, 2 ** 26 // len(bank)))  # the similarities take memory
-        result = measure(lambda x: knn_score(x, bank, bank_labels, classes), batch_size)
-        finish("kNN", result)
-        return leave()
+    # --- the run's folder
+    board = None
+    if rank == 0:
+        begin_run(args, folder, new_run, world_size=world_size)
+        board = SummaryWriter(folder, purge_step=first_step + 1)
+    print0(f"{args.checkpoint}, {args.pool} features, from step {first_step} of {num_steps}, "
+           f"{device.type}")
 
     # --- train
-    if rank == 0:
-        if first_start:
-            begin_run(args, folder)
-        write_args(args, folder, world_size=world)
-    board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
-    print0(f"{args.checkpoint}, {args.pool} features, from step {step} of {steps}, {device.type}")
-
-    def checkpoint():
-        if not (loss_sum.isfinite() and head[1].weight.isfinite().all()):
-            raise DataError("The loss is not finite. Lower --blr, start over: --resume none.")
-        if rank == 0:
-            save_checkpoint(last, step=step, settings=settings, model=model.settings,
-                            **{k: part.state_dict() for k, part in parts.items()})
+    batches = training_batches(args, loader, encoder, stored, autocast, first_step, num_steps)
+    loss_sum = torch.zeros((), device=device)  # over this many micro-batches:
+    micro_batches = 0
     saved_at = time.monotonic()
-    stopping = False
-    for epoch in range(step // steps_per_epoch, args.epochs):
-        done = step % steps_per_epoch * args.total_batch  # pictures of this epoch, all ranks
-        if stored:
-            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(loader.num_samples, generator=rng)
-            order = order[done:steps_per_epoch * args.total_batch][rank::world]
-            batches = stored_batches(bank, bank_labels, order, args.batch_size, device)
-        else:
-            loader.set_epoch(epoch)
-            loader.load_state_dict(loader.state_dict() | {"samples": done})
-            batches = encoded(model, loader, autocast)
-        loss_sum = torch.zeros((), device=device)
-        first_step = step
-        while step < (epoch + 1) * steps_per_epoch and not stopping:
-            if time.monotonic() - saved_at > 60 * args.save_minutes:
-                checkpoint()
-                saved_at = time.monotonic()
-            lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            for micro in range(accum):
-                features, labels = next(batches)
-                ddp_head.require_backward_grad_sync = micro == accum - 1  # DDP averages then
-                loss = F.cross_entropy(ddp_head(features), labels)
-                (loss / accum).backward()
-                loss_sum += loss.detach()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            stopping = stop.clone()  # a signal may come at any moment: the ranks agree on a copy
-            if world > 1:
-                dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
-        batches.close()
+    steps_done = first_step
+    for step in range(first_step, num_steps):
+        lr = set_lr(optimizer, step, num_steps, args)
+        for micro in range(accum):
+            features, labels = next(batches)
+            ddp_head.require_backward_grad_sync = micro == accum - 1  # DDP averages then
+            loss = F.cross_entropy(ddp_head(features), labels)
+            (loss / accum).backward()
+            loss_sum += loss.detach()
+            micro_batches += 1
+        optimizer.step()
+        optimizer.zero_grad()
+        steps_done = step + 1
+        epoch_ends = steps_done % steps_per_epoch == 0
+        stopping = on_any_rank(stop)
 
-        if step == (epoch + 1) * steps_per_epoch:
-            if world > 1:
-                dist.all_reduce(loss_sum)
-                for buffer in head.buffers():  # each rank's BatchNorm saw other pictures
-                    dist.broadcast(buffer, 0)
-            result = measure(head.eval(), args.batch_size)
+        if epoch_ends:
+            mean_loss = mean_over_ranks(loss_sum, micro_batches, head)
+            result = measure(head.eval(), *val_set)
             head.train()
-            mean_loss = loss_sum.item() / ((step - first_step) * accum * world)
-            values = dict(epoch=epoch + 1, lr=lr, loss=mean_loss, **result)
-            print0("  ".join(f"{k} {v:.4g}" for k, v in values.items()))
-            log(board, step, **values)
-        checkpoint()
-        saved_at = time.monotonic()
+            row = dict(epoch=steps_done // steps_per_epoch, lr=lr, loss=mean_loss, **result)
+            print0("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            log(board, steps_done, **row)
+
+        minutes = (time.monotonic() - saved_at) / 60
+        if epoch_ends or stopping or minutes > args.save_minutes:
+            if not (loss_sum.isfinite() and head[1].weight.isfinite().all()):
+                raise DataError("The loss is not finite. Lower --blr, and start over with --resume "
+                                "none.")
+            if rank == 0:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(last, step=steps_done, settings=settings, model=encoder.settings,
+                                **states)
+            saved_at = time.monotonic()
+        if epoch_ends:
+            loss_sum.zero_()
+            micro_batches = 0
         if stopping:
             break
+    batches.close()
 
     # --- end
     if board:
         board.close()
-    if rank == 0 and step == steps:
-        write_args(args, folder, world_size=world, finished=True)
-    if step == steps:
-        finish("linear probe", measure(head.eval(), args.batch_size))  # of a finished run too
+    if steps_done == num_steps:
+        if rank == 0:
+            write_args(args, folder, world_size=world_size, finished=True)
+        finish(args, "linear probe", measure(head.eval(), *val_set), start, rank)
     else:
-        print0(f"stopped at step {step}; the same command goes on from {last}")
+        print0(f"stopped at step {steps_done}: the same command goes on from {last}")
     leave()
-    sys.exit(step < steps)
+    sys.exit(steps_done < num_steps)
 
 
 if __name__ == "__main__":
     try:
         main(get_args(sys.argv[1:]))
-    except (DataError, models_mae.WeightsError, OSError) as e:
+    except (DataError, WeightsError, OSError) as e:
         raise SystemExit(f"linprobe: {e}")

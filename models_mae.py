@@ -73,6 +73,14 @@ def checked_grid(grid, num_patches):
     return h, w
 
 
+def shuffled_patches(model, imgs, noise=None):
+    """The patches' numbers in the order of their noise, (B, L): the first ones are kept."""
+    h, w = model.grid_of(imgs)
+    if noise is None:
+        noise = masking_noise((len(imgs), h * w), device=imgs.device)
+    return noise.argsort(dim=1)
+
+
 def num_kept(num_patches, mask_ratio):
     """Visible patches: int(L * (1 - m)), safe against float error: 100 at 0.9 keep 10."""
     if not 0 <= mask_ratio < 1:
@@ -258,40 +266,29 @@ class MaskedAutoencoderViT(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return x
 
-    def forward_encoder(self, imgs, mask_ratio, noise=None):
-        """(B, 3, H, W) -> latent (B, 1 + K, D), mask (B, L; 1 = removed), ids_restore (B, L)"""
-        patches = self.patchify(self.normalize(imgs))  # (B, L, P)
-        B, L = patches.shape[:2]
-        K = num_kept(L, mask_ratio)
-        if noise is None:
-            noise = masking_noise((B, L), device=imgs.device)
-        ids_shuffle = noise.argsort(dim=1)
-        ids_restore = ids_shuffle.argsort(dim=1)
-        ids_keep = ids_shuffle[:, :K]
-        mask = (ids_restore >= K).to(patches.dtype)
-        pos = resample_abs_pos_embed(self.pos_embed, list(self.grid_of(imgs)))
+    def encode(self, imgs, ids_keep):
+        """Normalised (B, 3, H, W), the kept patches' numbers (B, K) -> latent (B, 1 + K, D)."""
+        B = len(imgs)
+        pos = resample_abs_pos_embed(self.pos_embed, list(self.grid_of(imgs)))  # (1, 1 + L, D)
+        patches = torch.take_along_dim(self.patchify(imgs), ids_keep[..., None], dim=1)  # (B, K, P)
         proj = self.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in patchify's order
-        patches = torch.take_along_dim(patches, ids_keep[..., None], dim=1)  # (B, K, P)
         x = F.linear(patches, weight, proj.bias)  # (B, K, D)
         x = x + torch.take_along_dim(pos[:, 1:], ids_keep[..., None], dim=1)
         cls_token = (self.cls_token + pos[:, :1]).expand(B, -1, -1)
         x = torch.cat([cls_token.to(x.dtype), x], dim=1)  # (B, 1 + K, D)
-        return self.norm(self.run_blocks(self.blocks, x)), mask, ids_restore
+        return self.norm(self.run_blocks(self.blocks, x))
 
-    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0, grid=None):
-        """latent (B, 1 + K, D), ids_restore (B, L) -> predicted targets (B, L, T).
+    def decode(self, latent, ids, L, grid):
+        """Predicts the targets of the kept patches and of the N removed ones that follow in ids.
 
-        grid: rows and columns of patches; None: a square picture.
-        decoder_keep < 1 reconstructs that share of the removed patches, those of the next smallest
-        noise (dual masking, VideoMAE V2, arXiv 2303.16727); the others' predictions are zeros.
+        latent (B, 1 + K, D), ids: the numbers of these patches (B, K + N), of L in all, grid: rows
+        and columns of patches -> (B, L, T), zeros where nothing is predicted.
         """
-        B, L = ids_restore.shape
-        K = latent.shape[1] - 1
-        N = num_decoded(L, K, decoder_keep)
+        B = len(latent)
+        N = ids.shape[1] - (latent.shape[1] - 1)
         # Attention knows no order: the tokens stay shuffled, each with its own position
-        ids_shuffle = ids_restore.argsort(dim=1)[:, :K + N]
-        positions = torch.cat([torch.zeros_like(ids_shuffle[:, :1]), ids_shuffle + 1], dim=1)
+        positions = torch.cat([torch.zeros_like(ids[:, :1]), ids + 1], dim=1)  # (B, 1 + K + N)
         pos = resample_abs_pos_embed(self.decoder_pos_embed, list(checked_grid(grid, L)))
         x = self.decoder_embed(latent)  # (B, 1 + K, decoder D)
         mask_tokens = self.mask_token.to(x.dtype).expand(B, N, -1)
@@ -299,8 +296,29 @@ class MaskedAutoencoderViT(nn.Module):
         x = x + torch.take_along_dim(pos, positions[..., None], dim=1)
         x = self.run_blocks(self.decoder_blocks[:self.active_decoder_blocks], x)
         pred = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, K + N, T)
-        index = ids_shuffle[..., None].expand(-1, -1, pred.shape[2])
+        index = ids[..., None].expand(-1, -1, pred.shape[2])
         return pred.new_zeros(B, L, pred.shape[2]).scatter(1, index, pred)
+
+    def forward_encoder(self, imgs, mask_ratio, noise=None):
+        """The official method: imgs (B, 3, H, W) -> latent (B, 1 + K, D), mask, ids_restore (B, L).
+
+        mask: 1 = removed. ids_restore: where each patch stands among those ordered by their noise.
+        """
+        imgs = self.normalize(imgs)
+        ids_shuffle = shuffled_patches(self, imgs, noise)  # (B, L)
+        K = num_kept(ids_shuffle.shape[1], mask_ratio)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        return self.encode(imgs, ids_shuffle[:, :K]), (ids_restore >= K).to(imgs.dtype), ids_restore
+
+    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0, grid=None):
+        """The official method: latent (B, 1 + K, D), ids_restore (B, L) -> predictions (B, L, T).
+
+        grid: rows and columns of patches; None: a square picture. decoder_keep: see forward().
+        """
+        L = ids_restore.shape[1]
+        K = latent.shape[1] - 1
+        N = num_decoded(L, K, decoder_keep)
+        return self.decode(latent, ids_restore.argsort(dim=1)[:, :K + N], L, grid)
 
     @torch.no_grad()
     def normalized_targets(self, imgs):
@@ -329,16 +347,21 @@ class MaskedAutoencoderViT(nn.Module):
         """imgs (B, 3, H, W), uint8 or normalised float -> loss, pred (B, L, T), mask (B, L).
 
         Height and width may be any multiples of the patch: the position tables are resampled.
-        noise (B, L) fixes the mask, 1 = removed. With decoder_keep < 1 the mask is 1 only where a
-        removed patch was reconstructed. return_latent adds the latent (B, 1 + K, D), for a probe.
+        noise (B, L) fixes the mask. decoder_keep < 1 reconstructs that share of the removed
+        patches, those of the next smallest noise (dual masking, VideoMAE V2, arXiv 2303.16727). The
+        mask is 1 where a patch was removed and reconstructed; elsewhere predictions may be zeros.
+        return_latent adds the latent (B, 1 + K, D), for a probe.
         """
         if self.training and imgs.is_floating_point():
             warn_of_range(imgs)
         imgs = self.normalize(imgs)
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore, decoder_keep, self.grid_of(imgs))
-        K = latent.shape[1] - 1
-        mask = mask * (ids_restore < K + num_decoded(mask.shape[1], K, decoder_keep))
+        ids_shuffle = shuffled_patches(self, imgs, noise)  # (B, L): kept, decoded, the others
+        B, L = ids_shuffle.shape
+        K = num_kept(L, mask_ratio)
+        N = num_decoded(L, K, decoder_keep)
+        latent = self.encode(imgs, ids_shuffle[:, :K])
+        pred = self.decode(latent, ids_shuffle[:, :K + N], L, self.grid_of(imgs))
+        mask = imgs.new_zeros(B, L).scatter(1, ids_shuffle[:, K:K + N], 1.0)
         loss = self.forward_loss(imgs, pred, mask)
         return (loss, pred, mask, latent) if return_latent else (loss, pred, mask)
 
@@ -370,8 +393,7 @@ class MaskedAutoencoderViT(nn.Module):
         """Whole pictures (B, 3, H, W) -> the final tokens (B, 1 + L, D), in order, class first."""
         h, w = self.grid_of(imgs)
         in_order = torch.arange(h * w, device=imgs.device).expand(len(imgs), h * w)
-        latent, _, _ = self.forward_encoder(imgs, 0.0, in_order)
-        return latent
+        return self.encode(self.normalize(imgs), in_order)
 
     def tokens(self, imgs):
         """The final patch tokens of whole pictures as a map, (B, D, h, w), for dense tasks.
@@ -387,26 +409,35 @@ class MaskedAutoencoderViT(nn.Module):
         return self.forward_whole(imgs)[:, 1:].mean(dim=1)
 
 
-# --- sizes: MAE's B, L, H. S and Ti are not in MAE; nano is for CPUs: the demo and the tests
-mae_vit_nano_patch8 = partial(MaskedAutoencoderViT, patch_size=8, embed_dim=128, depth=6,
-                              num_heads=4, decoder_embed_dim=96, decoder_depth=2,
-                              decoder_num_heads=4)
-mae_vit_tiny_patch16 = partial(MaskedAutoencoderViT, embed_dim=192, num_heads=3,
-                               decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4)
-mae_vit_small_patch16 = partial(MaskedAutoencoderViT, embed_dim=384, num_heads=6,
-                                decoder_embed_dim=256, decoder_num_heads=8)
-mae_vit_base_patch16 = partial(MaskedAutoencoderViT)
-mae_vit_large_patch16 = partial(MaskedAutoencoderViT, embed_dim=1024, depth=24, num_heads=16)
-mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, patch_size=14, embed_dim=1280, depth=32,
-                               num_heads=16)
-SIZES = tuple(name for name in globals() if name.startswith("mae_vit_"))
+# --- sizes: MAE's B, L and H. S and Ti are not in MAE; nano is for CPUs: the demo and the tests
+VIT_B = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+             decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
+SIZES = {
+    "mae_vit_nano_patch8": VIT_B | dict(patch_size=8, embed_dim=128, depth=6, num_heads=4,
+                                        decoder_embed_dim=96, decoder_depth=2,
+                                        decoder_num_heads=4),
+    "mae_vit_tiny_patch16": VIT_B | dict(embed_dim=192, num_heads=3, decoder_embed_dim=128,
+                                         decoder_depth=4, decoder_num_heads=4),
+    "mae_vit_small_patch16": VIT_B | dict(embed_dim=384, num_heads=6, decoder_embed_dim=256,
+                                          decoder_num_heads=8),
+    "mae_vit_base_patch16": VIT_B,
+    "mae_vit_large_patch16": VIT_B | dict(embed_dim=1024, depth=24, num_heads=16),
+    "mae_vit_huge_patch14": VIT_B | dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
+}
 VIT_SIZES = tuple(name.removeprefix("mae_") for name in SIZES)
+mae_vit_nano_patch8 = partial(MaskedAutoencoderViT, **SIZES["mae_vit_nano_patch8"])
+mae_vit_tiny_patch16 = partial(MaskedAutoencoderViT, **SIZES["mae_vit_tiny_patch16"])
+mae_vit_small_patch16 = partial(MaskedAutoencoderViT, **SIZES["mae_vit_small_patch16"])
+mae_vit_base_patch16 = partial(MaskedAutoencoderViT, **SIZES["mae_vit_base_patch16"])
+mae_vit_large_patch16 = partial(MaskedAutoencoderViT, **SIZES["mae_vit_large_patch16"])
+mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, **SIZES["mae_vit_huge_patch14"])
 
 
-def size_of(name):
-    """The encoder settings of a name in VIT_SIZES; the defaults are ViT-B's."""
-    vit_b = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0)
-    return vit_b | {k: v for k, v in globals()["mae_" + name].keywords.items() if k in vit_b}
+def vit_size(name):
+    """The encoder's settings of a name in VIT_SIZES."""
+    size = SIZES["mae_" + name]
+    keys = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    return {key: size[key] for key in keys}
 
 
 # --- the ViT it becomes
@@ -671,33 +702,50 @@ def read_weights(path):
 
 
 def vit_settings(name, ckpt_settings, path):
-    """Encoder settings from a name in VIT_SIZES or None, and a checkpoint's ({} when from scratch).
+    """The encoder's settings: of a name in VIT_SIZES, or else of a checkpoint, or else ViT-B's.
 
-    With the mean and deviation of its pictures, if the checkpoint tells them. Raises WeightsError
-    where the two differ, in the head count too, which no shape would show.
+    ckpt_settings: what read_weights found in the checkpoint at `path`; {} when there is none. If
+    it tells the mean and deviation of its pictures, they are in the result too. Raises WeightsError
+    where the name and the checkpoint differ, in the head count too, which no shape would show.
     """
-    normalization = {k: ckpt_settings[k] for k in ("mean", "std") if k in ckpt_settings}
-    if not name and "num_heads" in ckpt_settings:  # ours
-        return {k: ckpt_settings[k] for k in size_of("vit_base_patch16")} | normalization
-    candidates = [name] if name else VIT_SIZES if ckpt_settings else ["vit_base_patch16"]
-    for candidate in candidates:
-        size = size_of(candidate)
-        mismatches = [f"{k} {ckpt_settings[k]} there, {v} here" for k, v in size.items()
-                      if ckpt_settings.get(k, v) != v]
-        if not mismatches:
-            return size | normalization
-    raise WeightsError(f"{path} is not {name or 'of a known size'}: {', '.join(mismatches)}.")
+    if name:
+        size = vit_size(name)
+        mismatches = size_mismatches(size, ckpt_settings)
+        if mismatches:
+            raise WeightsError(f"{path} is not {name}: {', '.join(mismatches)}.")
+    elif "num_heads" in ckpt_settings:  # it tells its whole size
+        size = {key: ckpt_settings[key] for key in vit_size("vit_base_patch16")}
+    elif ckpt_settings:  # its shapes tell all but the head count, which the size of that width has
+        size = size_of_shapes(ckpt_settings, path)
+    else:
+        size = vit_size("vit_base_patch16")
+    return size | {key: ckpt_settings[key] for key in ("mean", "std") if key in ckpt_settings}
 
 
-def resume(resume, last, settings, defaults, extendable=(), extend=False, **parts):
-    """The state that a run goes on from, loaded into its parts, or None. Raises WeightsError.
+def size_mismatches(size, ckpt_settings):
+    """In which settings a checkpoint is not of a size, in words; those it does not tell fit."""
+    return [f"{key} {ckpt_settings[key]} there, {value} here" for key, value in size.items()
+            if ckpt_settings.get(key, value) != value]
 
-    resume: "auto" (from `last` if there), "none" or a path. A setting that the checkpoint does not
-    know counts as its default, and without a default as the same. extend: whether those that are
-    extendable may differ.
+
+def size_of_shapes(ckpt_settings, path):
+    """The encoder's settings of the one of VIT_SIZES that a checkpoint's shapes fit."""
+    for name in VIT_SIZES:
+        if not size_mismatches(vit_size(name), ckpt_settings):
+            return vit_size(name)
+    shape = ", ".join(f"{key} {ckpt_settings[key]}" for key in ("patch_size", "embed_dim", "depth"))
+    raise WeightsError(f"{path} is of no known size ({shape}). Known: {', '.join(VIT_SIZES)}. Add "
+                       "its size to SIZES in models_mae.py.")
+
+
+def resume(path, settings, defaults, extendable=(), extend=False, **parts):
+    """Loads a run's parts from the checkpoint that it goes on from -> its state; None for no path.
+
+    Raises WeightsError where a setting is another one than in the checkpoint. A setting that the
+    checkpoint does not know counts as its default, and without a default as the same. extend:
+    whether the extendable ones may differ.
     """
-    path = last if resume == "auto" else resume
-    if resume == "none" or (resume == "auto" and not last.exists()):
+    if path is None:
         return None
     try:
         state = read_file(path)
@@ -718,14 +766,14 @@ def resume(resume, last, settings, defaults, extendable=(), extend=False, **part
         remedy = "Give the same, another --output-dir, or --resume none to start over."
         if set(different) <= set(extendable):
             remedy += " Or add --extend, and the run goes on with the new ones."
-        raise WeightsError(f"{path} is of a run with other settings: {mismatches}. {remedy}")
+        raise WeightsError(f"{path} belongs to a run with other settings: {mismatches}. {remedy}")
     for name in parts:
         check_finite(state[name], path)
     for name, part in parts.items():
         try:
             part.load_state_dict(state.pop(name))  # not kept twice
         except (KeyError, RuntimeError, ValueError) as e:
-            raise WeightsError(f"{path}, {name}: {e}. --resume none starts anew.") from e
+            raise WeightsError(f"{path}, {name}: {e}. --resume none starts over.") from e
     return state
 
 
@@ -768,11 +816,9 @@ def init_from(model, name, path):
 
 
 def decoder_heads(settings, path):
-    """The decoder's head count, of the size in SIZES that has the same widths. WeightsError."""
-    for name in SIZES:
-        size = dict(embed_dim=768, decoder_embed_dim=512, decoder_num_heads=16)
-        size |= globals()[name].keywords
-        if all(size[k] == settings[k] for k in ("embed_dim", "decoder_embed_dim")):
+    """The decoder's head count of the size in SIZES that has the same widths. WeightsError."""
+    for size in SIZES.values():
+        if all(size[key] == settings[key] for key in ("embed_dim", "decoder_embed_dim")):
             return size["decoder_num_heads"]
     raise WeightsError(f"{path} does not tell its decoder's head count: give it, "
                        f"load_mae({str(path)!r}, decoder_num_heads=N).")

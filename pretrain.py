@@ -9,6 +9,7 @@ Give the same command again and the run goes on from last.pt. The last line is t
 """
 import argparse
 import ast
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -30,11 +31,12 @@ import uuid
 import zlib
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.optim import param_groups_weight_decay
+import torch.nn.functional as F
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
@@ -43,15 +45,18 @@ from tqdm import tqdm
 import models_mae
 import schedules
 from essl_loader import DataError, check_classes, labels_fault, open_loader
-from schedules import (PRETRAIN, PRETRAIN_SCHEMES, PRETRAIN_SHARES, PRETRAIN_STAGES, Stage,
-                       check_batches, lr_at, stage_at, unused_stages)
+from models_mae import WeightsError
+from schedules import (PRETRAIN, PRETRAIN_SCHEMES, Stage, check_batches, lr_at, stage_at,
+                       unused_stages)
 
+MODEL = models_mae.MaskedAutoencoderViT  # another class is trained in its place: see extras/
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
             batch_size=64, blr=4e-3, compile=False)  # torch.compile needs a C compiler
 MUON_LR = 4  # times AdamW's rate; 1 to 8 gave the same probe (one seed, 5 epochs at 64 pixels)
 NEWTON_SCHULZ = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]  # timm's default, "quintic"
+PROBE_LR = 1e-3  # constant
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
 # Flags that a resumed run may change; all others must be those of the run before
 FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "recompute", "resume",
@@ -60,85 +65,97 @@ EXTENDABLE = ("epochs", "warmup_epochs", "blr", "stages")  # these it may change
 
 
 def get_args(argv):
-    both = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", both, {}))
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = p.add_argument
     on_off = argparse.BooleanOptionalAction
     add("--demo", action="store_true", help="train a tiny model on drawn pictures, made if absent")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or picture folder")
-    add("--val-data", default="data/val_500_100.beton", help="held-out set for the probe, likewise")
+    add("--val-data", default="data/val_500_100.beton", help="held-out set for the online probe")
     add("--output-dir", default="runs/pretrain", help="the run's folder")
     add("--model", default="mae_vit_base_patch16", choices=models_mae.SIZES, help="model size")
-    add("--input-size", type=int, default=224, help="full resolution; a scheme's scale with it")
-    add("--scheme", default="s5", choices=PRETRAIN_SCHEMES, help="resolutions and mask ratios")
-    add("--stages", type=float, nargs="+", metavar="SHARE", help="shares of the epochs, sum 1")
-    add("--mask-ratio", type=float, help="one for all stages, instead of the scheme's")
+    add("--input-size", type=int, default=224,
+        help="full resolution in pixels; the resolutions of a scheme scale with it")
+    add("--scheme", default="s5", choices=PRETRAIN_SCHEMES,
+        help="resolution and mask ratio of each stage; `python schedules.py` prints them")
+    add("--stages", type=float, nargs="+", metavar="SHARE",
+        help="each stage's share of the epochs, in the place of the scheme's; the sum is 1")
+    add("--mask-ratio", type=float, help="one mask ratio for all stages, not the scheme's")
     add("--decoder-depth", type=int, help="decoder blocks; the default is the model's, 8 for ViT-B")
-    add("--decoder-keep", type=float, default=1.0, help="share of removed patches to reconstruct")
-    add("--repeat", type=int, default=1, help="uses of each loaded picture in a step")
+    add("--decoder-keep", type=float, default=1.0,
+        help="share of the removed patches that the decoder reconstructs")
+    add("--repeat", type=int, default=1,
+        help="masks of each loaded picture in a step; an epoch costs as many times as much")
     add("--epochs", type=int, default=PRETRAIN["epochs"], help="passes over the data")
-    add("--warmup-epochs", type=float, default=PRETRAIN["warmup_epochs"], help="linear warm-up")
+    add("--warmup-epochs", type=float, default=PRETRAIN["warmup_epochs"],
+        help="epochs in which the learning rate rises from 0")
     add("--blr", type=float, default=PRETRAIN["blr"], help="learning rate for 256 images a step")
-    add("--weight-decay", type=float, default=PRETRAIN["weight_decay"], help="of matrices")
-    add("--optimizer", default="adamw", choices=("adamw", "muon"), help="of the blocks' matrices")
-    add("--total-batch", type=int, default=PRETRAIN["total_batch"], help="masked pictures a step")
-    add("--batch-size", type=int, default=512, help="of one GPU at once; the rest by accumulation")
-    add("--probe", default="masked", choices=("masked", "full", "off"), help="online probe's input")
-    add("--compile", action=on_off, default=torch.cuda.is_available(), help="by torch.compile")
+    add("--weight-decay", type=float, default=PRETRAIN["weight_decay"],
+        help="weight decay; vectors have none")
+    add("--optimizer", default="adamw", choices=("adamw", "muon"),
+        help="muon steps the matrices of the blocks, AdamW all else")
+    add("--total-batch", type=int, default=PRETRAIN["total_batch"],
+        help="masked pictures in a step, over all GPUs")
+    add("--batch-size", type=int, default=512,
+        help="pictures that a GPU computes at once; gradients add up to --total-batch")
+    add("--probe", default="masked", choices=("masked", "full", "off"),
+        help="input of the online probe: the masked pictures, or whole ones in a second pass")
+    add("--compile", action=on_off, default=torch.cuda.is_available(), help="use torch.compile")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
-    add("--seed", type=int, default=0, help="of weights, order, crops and masks")
-    add("--resume", default="auto", help="auto: from the run's last.pt if there; none; or a PATH")
+    add("--seed", type=int, default=0, help="decides weights, order, crops and masks")
+    add("--resume", default="auto",
+        help="auto: go on from the run's last.pt if there is one; none: begin a new run; PATH: "
+             "begin from this checkpoint. none and PATH count once")
     add("--extend", action="store_true", help="go on with other --epochs, --blr or --stages")
     add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
-    add("--order", default="random", choices=("random", "pages"), help="pages: for large files")
+    add("--order", default="random", choices=("random", "pages"),
+        help="pages: for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
     add("--viz-every", type=int, default=20, help="epochs between reconstructions; 0: never")
     add("--max-steps", type=int, default=0, help="save and stop after this step; 0: never")
     add("--benchmark", type=int, default=0, metavar="N", help="only time N steps of each stage")
-    add("--init", help="start from weights: ours, official MAE's, timm's, Hugging Face's")
-    for name, default in (("--mean", models_mae.IMAGENET_MEAN), ("--std", models_mae.IMAGENET_STD)):
-        add(name, type=float, nargs=3, default=default, help="of red, green, blue, from 0 to 1")
-    add("--norm-pix-loss", action=on_off, default=True, help="targets are normalised per patch")
-    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    if "--demo" in words:
+    add("--init", metavar="WEIGHTS",
+        help="start from weights: ours, official MAE's, timm's or Hugging Face's")
+    add("--mean", type=float, nargs=3, default=models_mae.IMAGENET_MEAN,
+        help="mean of red, green and blue over the pictures, from 0 to 1")
+    add("--std", type=float, nargs=3, default=models_mae.IMAGENET_STD,
+        help="standard deviation of red, green and blue, from 0 to 1")
+    add("--norm-pix-loss", action=on_off, default=True, help="normalise the targets per patch")
+    if "--demo" in argv:
         p.set_defaults(**DEMO)  # what the command line names still wins
-    args = p.parse_args(words)
-    args.stages = args.stages or list(PRETRAIN_SHARES.get(args.scheme, PRETRAIN_STAGES))
-    try:
-        stage_at(scheme_of(args), 0, args.epochs, args.stages)
-    except ValueError as e:
-        p.error(f"--stages: {e}")
-    if min(args.epochs, args.repeat) < 1 or not 0 < args.decoder_keep <= 1:
-        p.error("counts start at 1; --decoder-keep goes from above 0 to 1.")
+    args = parse_flags(p, argv)
+    if args.stages is None:
+        args.stages = [stage.share for stage in PRETRAIN_SCHEMES[args.scheme]]
+    if args.epochs < 1 or args.repeat < 1:
+        p.error("--epochs and --repeat start at 1.")
+    if not 0 < args.decoder_keep <= 1:
+        p.error("--decoder-keep goes from above 0 to 1.")
+    return args
+
+
+# --- setup: the same text in pretrain.py, finetune.py and linprobe.py
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the flags' defaults, and the docstring as it is written."""
+
+
+def parse_flags(parser, argv):
+    """argv -> arguments. --total_batch is --total-batch; a warm-up lasts at most 1/4 of the run."""
+    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    args = parser.parse_args(words)
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
         print0(f"--warmup-epochs is shortened to {args.warmup_epochs:g}, a quarter of --epochs.")
     return args
 
 
-def scheme_of(args):
-    """The Stages of --scheme, with --mask-ratio if it is given."""
-    scheme = [Stage(*row) for row in PRETRAIN_SCHEMES[args.scheme]]
-    if args.mask_ratio is not None:
-        scheme = [stage._replace(mask_ratio=args.mask_ratio) for stage in scheme]
-    return scheme
-
-
-# --- setup: the same text in pretrain.py, finetune.py and linprobe.py
 def setup(seed, training):
-    """torchrun's environment -> rank, world size, device; a flag that signals set in training."""
+    """Joins the processes that torchrun started -> rank, world_size, device, stop.
+
+    stop is a tensor (1,), which the signals SIGTERM, SIGINT and SIGUSR1 set to 1 in training.
+    """
     rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    tasks = int(os.environ.get("SLURM_NTASKS", 1))
-    if tasks > 1 and "RANK" not in os.environ:
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        raise SystemExit(
-            f"Slurm starts {tasks} processes (SLURM_NTASKS), and each would be a run of its own. "
-            f"This makes one run of them: srun --ntasks {nodes} --cpus-per-task $SLURM_CPUS_ON_NODE"
-            f" torchrun --nnodes {nodes} --nproc_per_node {tasks // nodes} --rdzv-backend c10d "
-            f"--rdzv-endpoint $(hostname):29500 {shlex.join(sys.argv)} (for one process alone: "
-            "unset SLURM_NTASKS)")
-    if rank >= world:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    refuse_tasks_without_ranks()
+    if rank >= world_size:
         raise SystemExit(f"RANK {rank} needs a WORLD_SIZE above it. torchrun sets both.")
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -146,58 +163,125 @@ def setup(seed, training):
         device = torch.device("cuda", int(gpu))
         torch.cuda.set_device(device)
     elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise SystemExit("torch cannot use the GPU. Update its driver; CPU: CUDA_VISIBLE_DEVICES=")
-    if world > 1:
+        raise SystemExit("There is a GPU, but torch cannot use it. Update the GPU's driver, or "
+                         "train on the CPU: export CUDA_VISIBLE_DEVICES=")
+    if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = connect(rank, world)
-        dist.init_process_group(backend, None, timedelta(hours=1), world, rank, store)
+        store = connect(rank, world_size)
+        dist.init_process_group(backend, None, timedelta(hours=1), world_size, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if training else ():
-        signal.signal(number, lambda *_, flag=stop.numpy(): flag.fill(1))  # also amid torch.compile
-    return rank, world, device, stop
+    flag = stop.numpy()  # the same memory; torch's own operations would fail amid torch.compile
+    if training:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: flag.fill(1))
+    return rank, world_size, device, stop
 
 
-def connect(rank, world, minutes=5):
-    """The store by which the ranks find one another, behind a prefix that is new at each start.
+def refuse_tasks_without_ranks():
+    """Ends a Slurm task that is one of several and does not know its rank, and says what to run."""
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks == 1 or "RANK" in os.environ:
+        return
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    raise SystemExit(
+        f"Slurm starts {tasks} processes (SLURM_NTASKS), and each would be a run of its own. "
+        f"This makes one run of them: srun --ntasks {nodes} --cpus-per-task $SLURM_CPUS_ON_NODE"
+        f" torchrun --nnodes {nodes} --nproc_per_node {tasks // nodes} --rdzv-backend c10d "
+        f"--rdzv-endpoint $(hostname):29500 {shlex.join(sys.argv)} (for one process alone: "
+        "unset SLURM_NTASKS)")
+
+
+def connect(rank, world_size, minutes=5):
+    """The store through which the ranks find one another, with a prefix that is new at each start.
 
     After a restart torchrun's store still holds the addresses of dead ranks, and the agents of two
-    machines count restarts apart. So each rank asks under a new name, and rank 0 answers with the
-    prefix. Without torchrun's agent rank 0 serves the store.
+    machines count restarts separately, so their count cannot serve as the prefix. Instead each rank
+    leaves a key of its own in the store, and rank 0 answers under that key with the prefix. Where
+    torchrun's agent does not serve the store, rank 0 does.
     """
     missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
     if missing:
-        raise SystemExit(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set. "
+        raise SystemExit(f"WORLD_SIZE is {world_size}, but {', '.join(sorted(missing))} not set. "
                          "torchrun sets all of them.")
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    own_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(minutes=minutes)
-    name = uuid.uuid4().hex
+    own_key = uuid.uuid4().hex
     try:
-        store = dist.TCPStore(*address, is_master=own_server, timeout=limit, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
         if rank > 0:
-            store.set(f"rank {rank}", name)
-            prefix = store.get(name).decode()  # waits for rank 0
-            store.add(prefix, 1)
+            store.set(f"rank {rank}", own_key)
+            prefix = store.get(own_key).decode()  # waits for rank 0's answer
+            store.add(prefix, 1)  # rank 0 counts who has read it
             return dist.PrefixStore(prefix, store)
     except dist.DistError as e:
-        raise SystemExit(f"Rank {rank}: no answer of rank 0 at {address[0]}:{address[1]}. {e}")
-    keys = [f"rank {other}" for other in range(1, world)]
+        raise SystemExit(f"Rank {rank} got no answer from rank 0 at {host}:{port}. {e}")
+    prefix = own_key
     start = time.monotonic()
-    while store.add(name, 0) < world - 1:
-        for key in keys:  # what a dead rank asked gets an answer too, which nobody reads
-            if store.check([key]):
-                store.set(store.get(key), name)
+    while store.add(prefix, 0) < world_size - 1:
+        for other in range(1, world_size):
+            if store.check([f"rank {other}"]):  # a dead rank's key is answered too; nobody reads it
+                store.set(store.get(f"rank {other}"), prefix)
         if time.monotonic() - start > limit.total_seconds():
-            raise SystemExit(f"{store.add(name, 0) + 1} of {world} ranks came within {minutes} "
-                             "minutes. Start all of them.")
+            raise SystemExit(f"{store.add(prefix, 0) + 1} of {world_size} ranks came within "
+                             f"{minutes} minutes. Start all of them.")
         time.sleep(0.02)
-    return dist.PrefixStore(name, store)
+    return dist.PrefixStore(prefix, store)
+
+
+def check_ranks(**values):
+    """Ends the run where ranks differ: they would wait for one another, or train on other data."""
+    if not dist.is_initialized():
+        return
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, values)
+    differences = []
+    for name in values:
+        if any(other[name] != ranks[0][name] for other in ranks):
+            on_ranks = [f"{other[name]} on rank {rank}" for rank, other in enumerate(ranks)]
+            differences.append(f"{name}: {', '.join(on_ranks)}")
+    if differences and dist.get_rank() > 0:
+        raise SystemExit(1)  # rank 0 says why
+    if differences:
+        raise SystemExit(f"The ranks differ. {'; '.join(differences)}. All machines must see the "
+                         "same data and --output-dir, and get the same command.")
+
+
+def on_any_rank(flag):
+    """Whether the flag (1,) is set on a rank: so all ranks stop after the same step."""
+    flag = flag.clone()  # a signal may set it at any moment
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
+    return bool(flag)
+
+
+def leave():
+    """The ranks end together: if one ended first, torchrun would kill rank 0 while it writes."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def print0(text):
+    """Rank 0 prints; a progress bar stays below."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def log(board, step, **values):
+    """Writes a line of log.jsonl, and the same to TensorBoard. On ranks but 0 board is None."""
+    if board:
+        with open(Path(board.log_dir, "log.jsonl"), "a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
 
 
 def lock_folder(folder):
-    """A run has its folder alone. The kernel takes the lock back when the process ends."""
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closing it would end the lock
+    """Keeps a second run out of the folder. The kernel ends the lock with this process."""
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: closing ends the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -212,90 +296,75 @@ def lock_folder(folder):
         path.unlink()  # of runs that were killed while they saved
 
 
-def is_first_start(args, folder, free):
-    """Whether --resume none or PATH counts: not where the same command began the folder's run.
+def starts_over(args, folder, free):
+    """Whether this start begins a new run, as --resume none or --resume PATH ask, or goes on.
 
-    free: flags in which it may differ. Such a run goes on from its last.pt.
+    The same command again must go on with the run that it began. So --resume none and PATH count
+    only where the folder's run, by its args.json, had another command. free: the flags that are
+    left out of this comparison.
     """
     last = folder / "last.pt"
     if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
         return False
     try:
         before = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # there is none, or it is damaged
         return True
     if args.resume == "none" and before.get("finished"):
         return True
-    command = json.loads(json.dumps(vars(args), default=str))
-    return any(before.get(flag) != value for flag, value in command.items()
-               if flag not in free or flag == "resume")
+    command = json.loads(json.dumps(vars(args), default=str))  # as args.json holds it
+    compared = [flag for flag in command if flag == "resume" or flag not in free]
+    return any(before.get(flag) != command[flag] for flag in compared)
 
 
-def begin_run(args, folder):
-    """An earlier run in the folder goes into old_1/, and --resume PATH becomes last.pt."""
-    tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
-    if args.resume != "none":
-        shutil.copyfile(args.resume, tmp_path)
-    put_aside(folder)
-    if args.resume != "none":
-        os.replace(tmp_path, folder / "last.pt")
+def resume_path(args, folder, new_run):
+    """The checkpoint that this start goes on from, or None."""
+    last = folder / "last.pt"
+    if not new_run and last.exists():
+        return last
+    if args.resume in ("auto", "none"):
+        return None
+    return Path(args.resume)
+
+
+def begin_run(args, folder, new_run, **about):
+    """Writes args.json. A new run first puts an earlier one aside and copies PATH to last.pt."""
+    if new_run:
+        tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
+        if args.resume != "none":
+            shutil.copyfile(args.resume, tmp_path)  # it may lie among what is put aside
+        put_aside(folder)
+        if args.resume != "none":
+            os.replace(tmp_path, folder / "last.pt")
+    write_args(args, folder, **about)
 
 
 def put_aside(folder):
-    """What an earlier run left in a folder goes into old_1/, or the next free number."""
+    """Moves what an earlier run left in a folder into old_1/, or the next free number."""
     patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
                 "results.jsonl", "events.out.*", "scripts")
-    files = [path for pattern in patterns for path in folder.glob(pattern)]
-    if not files:
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not paths:
         return
     number = 1
     while (folder / f"old_{number}").exists():
         number += 1
     old = folder / f"old_{number}"
     old.mkdir()
-    for path in files:
+    for path in paths:
         path.rename(old / path.name)
     print0(f"The earlier run in {folder} is now in {old}.")
 
 
-def write_args(args, folder, **values):
-    """args.json: the flags of the run in this folder."""
+def write_args(args, folder, **about):
+    """args.json: the flags of the run in this folder, and what else is known about it."""
     tmp_path = folder / f"args.json.tmp-{os.getpid()}"
-    tmp_path.write_text(json.dumps(vars(args) | values, indent=1, default=str))
+    tmp_path.write_text(json.dumps(vars(args) | about, indent=1, default=str))
     os.replace(tmp_path, folder / "args.json")
 
 
-def check_ranks(**values):
-    """Ends the run where ranks differ: they would wait for one another, or train on other data."""
-    if not dist.is_initialized():
-        return
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, values)
-    differences = []
-    for name in values:
-        found = [f"{other[name]} on rank {rank}" for rank, other in enumerate(ranks)]
-        if any(other[name] != ranks[0][name] for other in ranks):
-            differences.append(f"{name}: {', '.join(found)}")
-    if differences and dist.get_rank() > 0:
-        raise SystemExit(1)  # rank 0 says it
-    if differences:
-        raise SystemExit(f"The ranks differ. {'; '.join(differences)}. All machines must see the "
-                         "same data and --output-dir, and get the same command.")
-
-
-def leave():
-    """The ranks end together: torchrun would kill rank 0 while it writes if another ended first."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def print0(text):
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
-
-
-def save_checkpoint(path, **state):  # written aside, then renamed: path is always whole
+def save_checkpoint(path, **state):
+    """Writes aside, then renames: the file at `path` is always whole."""
     tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
@@ -303,27 +372,22 @@ def save_checkpoint(path, **state):  # written aside, then renamed: path is alwa
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch makes a RuntimeError of a full disk
         tmp_path.unlink(missing_ok=True)
-        reason = e if isinstance(e, OSError) else e.__context__ or e
+        reason = e
+        if isinstance(e, RuntimeError):
+            reason = e.__context__ or e
         raise SystemExit(f"{path} cannot be written: {reason}. Make room for it, then give the "
                          "same command again: the run goes on from its last checkpoint.")
     os.replace(tmp_path, path)
-
-
-def log(board, step, **values):  # board is None on all ranks but 0
-    if board:
-        with open(Path(board.log_dir, "log.jsonl"), "a") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            board.add_scalar(name, value, step)
 # --- end setup
 
 
+# --- model and online probe
 class ModelWithProbe(nn.Module):
     """Model and online probe (BatchNorm, linear) in one forward, for DDP and torch.compile.
 
-    All parameters of this module that take gradients are trained, those of modules that are added
-    to it too. What has the attribute `persistent = False`, such as a frozen teacher, is in no
-    checkpoint, and no checkpoint changes it.
+    All its parameters that take gradients are trained, also those of modules that you add to it. A
+    module with the attribute `persistent = False`, such as a frozen teacher, is in no checkpoint,
+    and no checkpoint changes it.
     """
 
     def __init__(self, model, classes, probe, decoder_keep):
@@ -332,8 +396,10 @@ class ModelWithProbe(nn.Module):
         self.probe = probe
         self.decoder_keep = decoder_keep
         width = model.settings["embed_dim"]
-        self.head = nn.Identity() if probe == "off" else nn.Sequential(
-            nn.BatchNorm1d(width, track_running_stats=False), nn.Linear(width, classes))
+        self.head = nn.Identity()
+        if probe != "off":
+            self.head = nn.Sequential(nn.BatchNorm1d(width, track_running_stats=False),
+                                      nn.Linear(width, classes))
 
     def forward(self, images, labels, mask_ratio, noise):
         """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> {name: scalar}.
@@ -355,41 +421,231 @@ class ModelWithProbe(nn.Module):
         features = latent[:, 1:].mean(dim=1).detach()  # (B, D)
         if self.probe == "full":
             features = self.model.features(images)  # without gradients
-        return {"probe_loss": nn.functional.cross_entropy(self.head(features.float()), labels)}
+        return {"probe_loss": F.cross_entropy(self.head(features.float()), labels)}
 
     def after_step(self, step):
-        """Called when a step is done, the first one as 1: for an EMA teacher."""
+        """Is called after each step, with 1 after the first: a place for an EMA teacher."""
 
     def state_dict(self, **options):
         state = super().state_dict(**options)
-        for prefix in self.not_saved():
-            state = {name: v for name, v in state.items() if not name.startswith(prefix)}
-        return state
+        prefixes = self.not_saved()
+        return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
     def load_state_dict(self, state):
         prefixes = self.not_saved()
-        own = {k: v for k, v in super().state_dict().items() if k.startswith(prefixes)}
-        return super().load_state_dict(state | own)
+        own = super().state_dict()
+        not_saved = {name: own[name] for name in own if name.startswith(prefixes)}
+        return super().load_state_dict(state | not_saved)
 
     def not_saved(self):
-        """The prefixes of the names of what has `persistent = False`."""
-        return tuple(name + "." for name, part in self.named_modules()
-                     if not getattr(part, "persistent", True))
+        """How the names in modules with `persistent = False` begin."""
+        return tuple(name + "." for name, module in self.named_modules()
+                     if not getattr(module, "persistent", True))
 
 
 def total_loss(scalars):
-    """What a step minimises."""
+    """The loss that a step minimises."""
     return scalars["loss"] + scalars.get("probe_loss", 0)
 
 
-def parameter_groups(module, weight_decay):
-    """All of the module's parameters that take gradients; the probe's head is the last group."""
-    head = list(module.head.parameters())
-    groups = param_groups_weight_decay(module, weight_decay)
-    for group in groups:
-        group["params"] = [p for p in group["params"] if all(p is not other for other in head)]
-    groups.append({"params": head, "weight_decay": 0.0})  # constant rate
-    return groups
+def make_model(args):
+    """The model that the flags describe, on the CPU."""
+    size = models_mae.SIZES[args.model]
+    if args.decoder_depth:
+        size = size | {"decoder_depth": args.decoder_depth}
+    model = MODEL(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, mean=args.mean,
+                  std=args.std, **size)
+    model.recompute = args.recompute
+    return model
+
+
+@torch.no_grad()
+def probe_accuracy(module, loader, autocast):
+    """The probe's top-1 in percent on the held-out pictures of all ranks, unmasked and at full
+    resolution.
+
+    Its BatchNorm takes mean and variance from these features: with those of masked pictures it was
+    36 instead of 52 % on imagenette.
+    """
+    features = []
+    labels = []
+    for images, batch_labels in loader:
+        with autocast:
+            features.append(module.model.features(images).float().cpu())  # (B, D)
+        labels.append(batch_labels.cpu())
+    own = (torch.cat(features), torch.cat(labels))
+    ranks = [own]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+    features = torch.cat([rank_features for rank_features, _ in ranks])  # (n, D)
+    labels = torch.cat([rank_labels for _, rank_labels in ranks])  # (n,)
+    scores = module.head(features.to(loader.device)).cpu()
+    return 100 * (scores.argmax(dim=1) == labels).float().mean().item()
+
+
+@torch.no_grad()
+def save_reconstructions(model, loader, epoch, progress, board, steps_done):
+    """Writes recon_*.png, three pictures a row. Of each: the original, what the encoder saw, the
+    reconstruction, and what the prediction 0 would show, which takes no learning."""
+    images, _ = next(iter(loader))
+    images = images[:12]
+    # The same seed each time: the same masks, if masking_noise does not change with progress
+    noise = draw_noise((len(images),), model, images.shape[-1], 0, progress, loader.device)
+    parts = model.reconstruct(images, epoch.stage.mask_ratio, noise, with_zero=True)
+    grid = make_grid(parts.transpose(0, 1).flatten(0, 1), nrow=12)  # from (4, B, 3, H, W)
+    save_image(grid, Path(board.log_dir, f"recon_{epoch.index + 1:04d}.png"))
+    board.add_image("reconstructions", grid, steps_done)
+
+
+# --- schedule: what each epoch does
+class Epoch(NamedTuple):
+    """An epoch of the run."""
+    index: int  # from 0
+    stage_index: int  # from 0
+    stage: Stage  # with this run's resolution in pixels
+    flops: float  # of training on one masked picture
+    starts_stage: bool
+    ends_stage: bool
+
+    @property
+    def description(self):
+        return (f"stage {self.stage_index + 1}: {self.stage.res} pixels, mask ratio "
+                f"{self.stage.mask_ratio:g}, crops {self.stage.scale}, "
+                f"{self.stage.decoder_depth} decoder blocks")
+
+
+def scheme_of(args, model):
+    """The Stages of --scheme, completed by --mask-ratio, --stages and the model's decoder depth."""
+    scheme = PRETRAIN_SCHEMES[args.scheme]
+    if len(args.stages) != len(scheme):
+        raise SystemExit(f"--stages gives {len(args.stages)} shares, but scheme {args.scheme} has "
+                         f"{len(scheme)} stages: give as many.")
+    available = len(model.decoder_blocks)
+    completed = []
+    for number, (stage, share) in enumerate(zip(scheme, args.stages), start=1):
+        mask_ratio = stage.mask_ratio if args.mask_ratio is None else args.mask_ratio
+        depth = stage.decoder_depth or available
+        if depth > available:
+            raise WeightsError(
+                f"stage {number} takes {depth} decoder blocks, but the model has {available}: give "
+                f"--decoder-depth {depth} or more.")
+        if depth < available and args.optimizer == "muon":
+            raise WeightsError(
+                f"stage {number} takes {depth} of {available} decoder blocks, but Muon steps them "
+                "together: take --optimizer adamw, or one depth by --decoder-depth.")
+        completed.append(Stage(stage.res, mask_ratio, share, tuple(stage.scale), depth))
+    return completed
+
+
+def without_share(stage):
+    """A Stage as a dict, without its share of the epochs."""
+    return {name: value for name, value in stage._asdict().items() if name != "share"}
+
+
+def plan_epochs(args, model, scheme):
+    """All Epochs of the run."""
+    try:
+        stages = [stage_at(scheme, epoch, args.epochs, args.input_size, model.patch_size)
+                  for epoch in range(args.epochs)]
+    except ValueError as e:
+        raise SystemExit(f"--stages: {e}")
+    for number in unused_stages(args.epochs, scheme):
+        print0(f"Stage {number} gets no epoch: its share of --epochs {args.epochs} is too small.")
+    epochs = []
+    for epoch, (index, stage) in enumerate(stages):
+        flops = model.flops_per_image(stage.res, stage.mask_ratio, args.decoder_keep,
+                                      decoder_depth=stage.decoder_depth)
+        starts_stage = epoch == 0 or stages[epoch - 1][0] != index
+        ends_stage = epoch + 1 == args.epochs or stages[epoch + 1][0] != index
+        epochs.append(Epoch(epoch, index, stage, flops, starts_stage, ends_stage))
+    return epochs
+
+
+# --- data and masks
+def training_batches(args, loader, model, epochs, first_step, num_steps, meter):
+    """Yields one micro-batch after the other, as many for each step as make --total-batch.
+
+    A micro-batch is images (B / R, 3, H, W), labels (B / R,) and noise (B, L), R the --repeat: the
+    patches with the smallest noise stay visible. At the start of an epoch or a stage it sets the
+    loader and the model for it. A run that goes on gives first_step, and a loader that is loaded
+    to the same place. The meter counts how long the loader is waited for.
+    """
+    steps_per_epoch = num_steps // len(epochs)
+    for epoch in epochs[first_step // steps_per_epoch:]:
+        epoch_start = epoch.index * steps_per_epoch
+        if first_step <= epoch_start:  # else the loader goes on in the middle of the epoch
+            loader.set_epoch(epoch.index)
+        loader.set_stage(res=epoch.stage.res, scale=epoch.stage.scale)
+        if first_step >= epoch_start or epoch.starts_stage:
+            print0(f"epoch {epoch.index + 1}, {epoch.description}")
+            model.active_decoder_blocks = epoch.stage.decoder_depth
+            meter.restart(compiles=True)
+        with contextlib.closing(iter(loader)) as batches:
+            batches = meter.timed(batches)
+            for step in range(max(first_step, epoch_start), epoch_start + steps_per_epoch):
+                masks = draw_masks(step, num_steps, args, model, epoch.stage.res, loader)
+                for noise in masks:
+                    images, labels = next(batches)
+                    yield images, labels, noise
+
+
+def draw_noise(shape, model, res, seed, progress, device):
+    """The one call of masking_noise, for training and pictures: (*shape, L) of a seed alone."""
+    rng = torch.Generator(device).manual_seed(seed)
+    L = (res // model.patch_size) ** 2
+    model.progress.fill_(progress)  # for targets()
+    return models_mae.masking_noise((*shape, L), rng, device, progress=progress)
+
+
+def draw_masks(step, num_steps, args, model, res, loader):
+    """The noise of a step's masks on this rank, (accum, B, L), for accum micro-batches.
+
+    It depends on the seed and the step alone, so a resumed run repeats it. It is drawn for all
+    ranks, of which each takes its own: no two ranks have the same masks.
+    """
+    accum = args.total_batch // (args.batch_size * loader.world_size)
+    shape = (accum, args.batch_size // args.repeat, loader.world_size, args.repeat)
+    seed = args.seed * 1_000_003 + step
+    noise = draw_noise(shape, model, res, seed, step / num_steps, loader.device)
+    return noise[:, :, loader.rank].flatten(1, 2)
+
+
+# --- optimizer
+def make_optimizer(module, args):
+    """AdamW, or Muon for the matrices of the blocks and AdamW for all else.
+
+    Its groups have names: "matrices" (Muon's), "no_decay" (vectors), "decay" and "probe".
+    """
+    probe = list(module.head.parameters())
+    matrices = []
+    if args.optimizer == "muon":
+        blocks = [*module.model.blocks.parameters(), *module.model.decoder_blocks.parameters()]
+        matrices = [p for p in blocks if p.ndim == 2]
+    taken = {*probe, *matrices}
+    others = [p for p in module.parameters() if p.requires_grad and p not in taken]
+    no_decay = [p for p in others if p.ndim <= 1]
+    decay = [p for p in others if p.ndim > 1]
+    groups = [dict(name="no_decay", params=no_decay, weight_decay=0.0),
+              dict(name="decay", params=decay, weight_decay=args.weight_decay),
+              dict(name="probe", params=probe, weight_decay=0.0)]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=PROBE_LR, betas=PRETRAIN["betas"], fused=True)
+    group = dict(name="matrices", params=matrices, weight_decay=args.weight_decay,
+                 lr_scale=MUON_LR, momentum=0.95)
+    return Muon([group, *groups], lr=PROBE_LR, betas=PRETRAIN["betas"], eps=1e-7, fused=True)
+
+
+def set_lr(optimizer, step, num_steps, args):
+    """Sets a step's learning rate in all groups but the probe's, and returns it."""
+    peak_lr = args.blr * args.total_batch / 256
+    steps_per_epoch = num_steps // args.epochs
+    warmup_steps = args.warmup_epochs * steps_per_epoch
+    lr = lr_at(step, num_steps, warmup_steps, peak_lr)
+    for group in optimizer.param_groups:
+        if group["name"] != "probe":
+            group["lr"] = lr * group.get("lr_scale", 1)
+    return lr
 
 
 def check_groups(module, optimizer):
@@ -398,82 +654,9 @@ def check_groups(module, optimizer):
     lost = [name for name, p in module.named_parameters()
             if p.grad is not None and id(p) not in trained]
     if lost:
-        raise models_mae.WeightsError(
+        raise WeightsError(
             f"{', '.join(lost)}: not trained, for the optimizer was made before they took "
             "gradients. Make them, and set requires_grad, in the module's __init__.")
-
-
-def scripts():
-    """The files that make a run: these three, and one that imports them."""
-    files = [__file__, models_mae.__file__, schedules.__file__]
-    files.append(getattr(sys.modules["__main__"], "__file__", __file__))
-    paths = dict.fromkeys(Path(file).resolve() for file in files)  # each once
-    return [path for path in paths if path.is_file()]  # notebooks and `python -` have none
-
-
-def keep_scripts(folder, step):
-    """Copies them into a run's folder, under the step from which they make it, where they differ
-    from the newest copies there."""
-    folder.mkdir(exist_ok=True)
-    copies = sorted(folder.glob("from_step_*"), key=lambda path: int(path.name.split("_")[2]))
-    newest = copies[-1] if copies else folder / "none"
-    if all((newest / path.name).is_file() and
-           (newest / path.name).read_bytes() == path.read_bytes() for path in scripts()):
-        return
-    target = folder / f"from_step_{step}"
-    target.mkdir(exist_ok=True)
-    for path in scripts():
-        shutil.copyfile(path, target / path.name)
-
-
-def source_of(function):
-    """crc32 of a function's code, without its comments and its docstring; None without a source."""
-    try:
-        text = inspect.getsource(function)
-        tree = ast.parse(textwrap.dedent(text))
-    except (OSError, TypeError):
-        return None
-    except SyntaxError:  # a lambda amid a call
-        return zlib.crc32(text.encode())
-    definition = tree.body[0]
-    if isinstance(definition, ast.FunctionDef) and ast.get_docstring(definition) is not None:
-        del definition.body[0]
-    return zlib.crc32(ast.unparse(tree).encode())
-
-
-def draw_noise(shape, model, res, seed, progress, device):
-    """The one call of masking_noise for training and pictures: (*shape, L) of a seed alone."""
-    rng = torch.Generator(device).manual_seed(seed)
-    L = (res // model.patch_size) ** 2
-    model.progress.fill_(progress)  # for targets()
-    return models_mae.masking_noise((*shape, L), rng, device, progress=progress)
-
-
-@torch.no_grad()
-def probe_accuracy(module, loader, autocast):
-    """The probe's top-1 in percent on full held-out pictures, all ranks'. BatchNorm takes the mean
-    and variance of these: with those of masked ones it was 36 instead of 52 % on imagenette."""
-    with autocast:
-        shares = [[(module.model.features(x).float().cpu(), y.cpu()) for x, y in loader]]
-    if dist.is_initialized():
-        shares = shares * dist.get_world_size()
-        dist.all_gather_object(shares, shares[0])
-    features, labels = (torch.cat(parts) for parts in zip(*sum(shares, [])))  # (n, D), (n,)
-    scores = module.head(features.to(loader.device)).cpu()
-    return 100 * (scores.argmax(dim=1) == labels).float().mean().item()
-
-
-@torch.no_grad()
-def save_reconstructions(model, loader, mask_ratio, progress, board, epoch, step):
-    """recon_*.png, three pictures a row: original, what the encoder saw, reconstruction, and what
-    the prediction 0 would show, which takes nothing to learn."""
-    images = next(iter(loader))[0][:12]
-    # The same seed each time: the same masks, if masking_noise does not change with progress
-    noise = draw_noise((len(images),), model, images.shape[-1], 0, progress, loader.device)
-    parts = model.reconstruct(images, mask_ratio, noise, with_zero=True)  # (4, B, 3, H, W)
-    grid = make_grid(parts.transpose(0, 1).flatten(0, 1), nrow=12)
-    save_image(grid, Path(board.log_dir, f"recon_{epoch:04d}.png"))
-    board.add_image("reconstructions", grid, step)
 
 
 @functools.cache
@@ -521,26 +704,57 @@ class Muon(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict):
         if "ns_steps" in state_dict["param_groups"][0]:
-            raise models_mae.WeightsError("its Muon is timm's, of an older version of this code")
+            raise WeightsError("its Muon is timm's, of an older version of this code")
         super().load_state_dict(state_dict)
 
 
-class Window:
-    """What is added up from one log line to the next, and the rates that come of it."""
+# --- measuring
+class Meter:
+    """Adds up scalars and times from one log line to the next, and makes the line of them.
 
-    def __init__(self, device, compiles=False):
-        self.steps = 0
+    images_per_step: of one GPU. log_every: steps between two lines.
+    """
+
+    def __init__(self, device, images_per_step, world_size, log_every=1, first_loss=None,
+                 skipped_before=0):
         self.device = device
-        self.sums = {}  # of each scalar: sum of the finite ones, how many they are
+        self.images_per_step = images_per_step
+        self.world_size = world_size
+        self.log_every = log_every
+        self.first_loss = first_loss
+        self.skipped_before = skipped_before  # steps that were skipped before this line began
+        self.restart()
+
+    def restart(self, compiles=False):
+        """A new line begins. compiles: its first step compiles, and the rates leave it out."""
+        self.sums = {}  # of each scalar: the sum of its finite values, and how many they are
+        self.steps = 0
         self.start_clock()
-        self.compiles = compiles  # in its first step
+        self.compiles = compiles
 
     def start_clock(self):
-        """The rates leave out what was before."""
-        self.steps_before = self.steps
+        """The rates count from here on."""
+        wait_for_gpu()
+        self.compiles = False
+        self.steps_before_clock = self.steps
         self.data_time = 0.0  # seconds of waiting for the loader
         self.t0 = time.monotonic()
-        self.compiles = False
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The rates leave out what happens in this block."""
+        wait_for_gpu()
+        paused_at = time.monotonic()
+        yield
+        self.t0 += time.monotonic() - paused_at
+
+    def timed(self, batches):
+        """The same batches; the time in which the loader makes them wait is added to data_time."""
+        t0 = time.monotonic()
+        for batch in batches:
+            self.data_time += time.monotonic() - t0
+            yield batch
+            t0 = time.monotonic()
 
     def add(self, scalars):
         """Adds a micro-batch's {name: scalar}, without waiting for the GPU."""
@@ -549,84 +763,172 @@ class Window:
             sums = self.sums.setdefault(name, torch.zeros(2, device=self.device))
             sums += torch.stack([value.nan_to_num(0, 0, 0), value.isfinite()])
 
-    def means(self, scaler, enough):
-        """{name: mean} of the finite ones. DataError if over `enough` steps had no finite loss, or
-        were all skipped."""
+    def means(self):
+        """{name: mean of the finite values over all ranks}, NaN where none was finite."""
         sums = torch.stack(list(self.sums.values()))  # (names, 2)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
-        all_skipped = scaler.get_scale() <= 0.5 ** self.steps  # each skipped step halved it
-        if self.steps > enough and (all_skipped or not math.isfinite(means["loss"])):
-            raise DataError("Loss or gradients are not finite. Lower --blr, and start over with "
-                            "--resume none.")
-        scaler.update(1.0)  # counts the skips of the next window
-        return means
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        return dict(zip(self.sums, means))
 
-    def rates(self, gpu_batch, world, flops):
-        """Images/s, share of waiting; of a GPU TFLOP/s, MFU if its peak is known, GiB reserved."""
+    def rates(self, flops):
+        """Images/s of all GPUs, share of the time that the loader was waited for; of one GPU
+        TFLOP/s, MFU if its peak is known, and GiB reserved. flops: of an image."""
         seconds = time.monotonic() - self.t0
-        gpu_img_s = (self.steps - self.steps_before) * gpu_batch / seconds
-        row = dict(img_s=gpu_img_s * world, data_wait=self.data_time / seconds,
+        gpu_img_s = (self.steps - self.steps_before_clock) * self.images_per_step / seconds
+        row = dict(img_s=gpu_img_s * self.world_size, data_wait=self.data_time / seconds,
                    tflops=gpu_img_s * flops / 1e12)
         if torch.cuda.is_available():
-            name = torch.cuda.get_device_name()
-            row |= {"mfu": row["tflops"] / peak for k, peak in PEAK_TFLOPS.items() if k in name}
+            for name, peak in PEAK_TFLOPS.items():
+                if name in torch.cuda.get_device_name():
+                    row["mfu"] = row["tflops"] / peak
             row["mem"] = torch.cuda.max_memory_reserved() / 2 ** 30
         return row
 
-
-def complete_stages(scheme, model, optimizer):
-    """Stages with tuples for their crops' scale and numbers for their decoder's blocks."""
-    available = len(model.decoder_blocks)
-    complete = []
-    for number, stage in enumerate(scheme, start=1):
-        depth = stage.decoder_depth or available
-        if depth > available:
-            raise models_mae.WeightsError(
-                f"stage {number} takes {depth} decoder blocks, but the model has {available}: give "
-                f"--decoder-depth {depth} or more.")
-        if depth < available and optimizer == "muon":
-            raise models_mae.WeightsError(
-                f"stage {number} takes {depth} of {available} decoder blocks, but Muon steps them "
-                "together: take --optimizer adamw, or one depth by --decoder-depth.")
-        complete.append(stage._replace(scale=tuple(stage.scale), decoder_depth=depth))
-    return complete
+    def row(self, epoch, lr, skipped_steps):
+        """The log line. Ends the run where no loss of the line was finite, or all steps skipped."""
+        means = self.means()
+        if self.first_loss is None:
+            self.first_loss = means["loss"]
+        all_skipped = skipped_steps - self.skipped_before == self.steps
+        fails = all_skipped or not math.isfinite(means["loss"])
+        if fails and self.steps > self.log_every / 2:  # one skipped step may be chance
+            raise DataError("The loss or the gradients are not finite. Lower --blr, and start over "
+                            "with --resume none.")
+        self.skipped_before = skipped_steps
+        return dict(epoch=epoch.index + 1, stage=epoch.stage_index + 1, res=epoch.stage.res,
+                    mask_ratio=epoch.stage.mask_ratio, **means, lr=lr,
+                    skipped_steps=skipped_steps, **self.rates(epoch.flops))
 
 
-def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, flops):
+def wait_for_gpu():
+    """Waits until the GPU's queue is empty, so that a clock that is read next is right."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def report(board, bar, args, epochs, steps_done, row, scalars):
+    """Writes a log line to the log and the bar; at an epoch's end it prints the line.
+
+    The time left is what remains of FLOPs at the FLOP/s of this line: right across stages.
+    """
+    log(board, steps_done, **row)
+    now = epochs[row["epoch"] - 1]
+    steps_per_epoch = bar.total // len(epochs)
+    epochs_left = sum(epoch.flops for epoch in epochs[now.index:]) / now.flops
+    steps_left = (now.index + epochs_left) * steps_per_epoch - steps_done
+    left = timedelta(seconds=int(steps_left * args.total_batch / row["img_s"]))
+    losses = ", ".join(f"{name} {row[name]:.4f}" for name in scalars)
+    bar.set_postfix_str(f"{losses}, {row['img_s']:.0f} img/s, {left} left")
+    if steps_done % steps_per_epoch == 0:
+        print0("  ".join(f"{name} {value:.4g}" for name, value in row.items()) + f"  left {left}")
+
+
+def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, epochs):
     """Times N steps of --batch-size in each stage: on random pictures, then with the loader."""
-    for stage, source in itertools.product(flops, ("random", "loader")):
+    flops_of_stage = {}  # stages that differ in nothing but their share are timed once
+    for epoch in epochs:
+        flops_of_stage[epoch.stage._replace(share=1.0)] = epoch.flops
+    for stage, source in itertools.product(flops_of_stage, ("random", "loader")):
         loader.set_stage(res=stage.res, scale=stage.scale)
         module.model.active_decoder_blocks = stage.decoder_depth
-        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        meter = Meter(loader.device, args.batch_size, loader.world_size)
+        batches = meter.timed(itertools.chain.from_iterable(itertools.repeat(loader)))
         images, labels = next(batches)
         if source == "random":
             batches = itertools.repeat((torch.randint_like(images, 256), labels))
         noise = draw_noise((args.batch_size,), module.model, stage.res, 0, 0.0, loader.device)
-        row = dict(source=source, **stage._asdict(), batch_size=args.batch_size)
         for step in range(-2, args.benchmark):  # the first two do not count
             if step <= 0:
-                scaler.get_scale()  # waits for the GPU
-                window = Window(loader.device)
-            t_data = time.monotonic()
+                meter.restart()
             images, labels = next(batches)
-            window.data_time += time.monotonic() - t_data
             with autocast:
                 loss = total_loss(compute_loss(images, labels, stage.mask_ratio, noise))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            window.steps += 1
-        scaler.get_scale()
-        rates = window.rates(args.batch_size, loader.world_size, flops[stage])
-        print0(json.dumps(row | rates))
+            meter.steps += 1
+        wait_for_gpu()
+        row = dict(source=source, **without_share(stage), batch_size=args.batch_size)
+        print0(json.dumps(row | meter.rates(flops_of_stage[stage])))
+
+
+# --- what a checkpoint says about the run
+def settings_of(args, model, scheme, loader):
+    """All that changes the result: a run that goes on must have the same."""
+    settings = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    stages = [without_share(stage) for stage in scheme]  # args.stages holds the shares
+    settings |= dict(num_samples=len(loader.indices), data_checksum=loader.checksum,
+                     scheme_stages=stages, betas=PRETRAIN["betas"],
+                     targets=source_of(models_mae.targets),
+                     masking_noise=source_of(models_mae.masking_noise))
+    return settings | model.settings
+
+
+def source_of(function):
+    """crc32 of a function's code, without its comments and its docstring; None without a source."""
+    try:
+        text = inspect.getsource(function)
+        tree = ast.parse(textwrap.dedent(text))
+    except (OSError, TypeError):
+        return None
+    except SyntaxError:  # a lambda amid a call
+        return zlib.crc32(text.encode())
+    definition = tree.body[0]
+    if isinstance(definition, ast.FunctionDef) and ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return zlib.crc32(ast.unparse(tree).encode())
+
+
+def scripts():
+    """The files that make a run: these three, and one that imports them."""
+    files = [__file__, models_mae.__file__, schedules.__file__]
+    files.append(getattr(sys.modules["__main__"], "__file__", __file__))
+    paths = dict.fromkeys(Path(file).resolve() for file in files)  # each once
+    return [path for path in paths if path.is_file()]  # notebooks and `python -` have none
+
+
+def keep_scripts(folder, step):
+    """Copies them into a run's folder, under the step from which they make it, where they differ
+    from the newest copies there."""
+    folder.mkdir(exist_ok=True)
+    copies = sorted(folder.glob("from_step_*"), key=lambda path: int(path.name.split("_")[2]))
+    newest = copies[-1] if copies else folder / "none"
+    if all((newest / path.name).is_file() and
+           (newest / path.name).read_bytes() == path.read_bytes() for path in scripts()):
+        return
+    target = folder / f"from_step_{step}"
+    target.mkdir(exist_ok=True)
+    for path in scripts():
+        shutil.copyfile(path, target / path.name)
+
+
+def say_what_changed(state, settings, sources):
+    """Names the scripts and the extended settings that are not those of the checkpoint."""
+    changed = [name for name, sha1 in state.get("sources", {}).items() if sources.get(name) != sha1]
+    if changed:
+        print0(f"Warning: {', '.join(changed)} changed since the checkpoint was written.")
+    before = settings | state["settings"]
+    extended = [f"{name} {before[name]} -> {settings[name]}" for name in EXTENDABLE
+                if before[name] != settings[name]]
+    if extended:
+        print0(f"Extended at step {state['step']}: {', '.join(extended)}. Rate and stages follow "
+               "the new schedule from here on.")
+
+
+def save_run(folder, epoch, milestone, parts, **values):
+    """Writes last.pt, and for a milestone stageN.pt too."""
+    state = dict(epoch=epoch.index + 1, **values)
+    state |= {name: part.state_dict() for name, part in parts.items()}
+    if milestone:
+        save_checkpoint(folder / f"stage{epoch.stage_index + 1}.pt", **state)
+    save_checkpoint(folder / "last.pt", **state)
 
 
 def main(args):
     start = time.monotonic()
-    rank, world, device, stop = setup(args.seed, training=not args.benchmark)
+    rank, world_size, device, stop = setup(args.seed, training=not args.benchmark)
     folder = Path(args.output_dir)
     last = folder / "last.pt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -635,27 +937,26 @@ def main(args):
     if args.demo and rank == 0 and not Path(args.data).exists():
         builder = Path(__file__).with_name("build_beton.py")
         subprocess.run([sys.executable, builder, "--demo"], check=True)
-    if world > 1:
+    if world_size > 1:
         dist.barrier()
 
     # --- data
     with open_loader(args.data, 1) as loader:  # to know how many pictures there are
         indices = loader.indices
         num_pictures = loader.num_samples  # without those that are excluded
-        has_probe = args.probe != "off" and loader.labels.min() < loader.labels.max()
-    if args.benchmark:  # few pictures will do: they are read again and again
-        indices = indices.repeat(-(-args.batch_size * world // len(indices)))
-    else:
-        check_batches(num_pictures * args.repeat, args.total_batch, args.batch_size, world,
-                      args.repeat, least=2 if has_probe else 1)
-    shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world,
-                  device=device, res=args.input_size)
-    loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],
-                         order=args.order, indices=indices, **shared)
-    fault = labels_fault(loader)
+        fault = labels_fault(loader)
     if fault and args.probe != "off":
         print0(f"{args.data} {fault}: there is no online probe.")
         args.probe = "off"
+    if args.benchmark:  # few pictures will do: they are read again and again
+        indices = indices.repeat(math.ceil(args.batch_size * world_size / len(indices)))
+    else:
+        check_batches(num_pictures * args.repeat, args.total_batch, args.batch_size, world_size,
+                      multiple=args.repeat, least=1 if args.probe == "off" else 2)
+    shared = dict(num_workers=args.num_workers, seed=args.seed, rank=rank, world_size=world_size,
+                  device=device, res=args.input_size)
+    loader = open_loader(args.data, args.batch_size // args.repeat, scale=PRETRAIN["scale"],
+                         order=args.order, indices=indices, **shared)
     val = None
     if args.probe != "off":
         val = open_loader(args.val_data, args.batch_size, train=False, **shared)
@@ -663,214 +964,162 @@ def main(args):
         if val.num_samples < 2:  # its BatchNorm takes a variance
             raise DataError(f"{args.val_data} holds one picture, and the online probe needs two. "
                             "Give more, or --probe off.")
-    accum = args.total_batch // (args.batch_size * world)
+    accum = args.total_batch // (args.batch_size * world_size)
     steps_per_epoch = loader.num_samples * args.repeat // args.total_batch
-    steps = args.epochs * steps_per_epoch
-    probe_every = max(1, args.epochs // 100)  # a hundred points of the curve cost little
-    log_every = min(50, steps_per_epoch)
+    num_steps = args.epochs * steps_per_epoch
 
     # --- model
-    sizes = {"decoder_depth": args.decoder_depth} if args.decoder_depth else {}
-    sizes |= dict(img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, mean=args.mean,
-                  std=args.std)
-    model = getattr(models_mae, args.model)(**sizes)
-    model.recompute = args.recompute
-    scheme = complete_stages(scheme_of(args), model, args.optimizer)
-    stages = [stage_at(scheme, epoch, args.epochs, args.stages, args.input_size, model.patch_size)
-              for epoch in range(args.epochs)]
-    for number in unused_stages(args.epochs, args.stages):
-        print0(f"Stage {number} gets no epoch: its share of --epochs {args.epochs} is too small.")
-    costs = [model.flops_per_image(stage.res, stage.mask_ratio, args.decoder_keep,
-                                   decoder_depth=stage.decoder_depth) for _, stage in stages]
+    model = make_model(args)
+    scheme = scheme_of(args, model)
+    epochs = plan_epochs(args, model, scheme)
     module = ModelWithProbe(model, int(loader.labels.max()) + 1, args.probe, args.decoder_keep)
     ddp_model = module.to(device)
-    if world > 1:
-        depths = {stage.decoder_depth for stage in scheme}
+    if world_size > 1:
+        some_blocks_rest = any(stage.decoder_depth < len(model.decoder_blocks) for stage in scheme)
         ddp_model = nn.parallel.DistributedDataParallel(
-            module, gradient_as_bucket_view=True,
-            find_unused_parameters=depths != {len(model.decoder_blocks)})
+            module, gradient_as_bucket_view=True, find_unused_parameters=some_blocks_rest)
     compute_loss = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # --- optimizer
-    groups = parameter_groups(module, args.weight_decay)
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=PRETRAIN["betas"], fused=True)
-    else:
-        blocks = [*model.blocks.parameters(), *model.decoder_blocks.parameters()]
-        matrices = dict.fromkeys(p for p in blocks if p.ndim == 2)  # a set in order
-        muon = dict(groups[1], params=list(matrices), lr_scale=MUON_LR, momentum=0.95)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p not in matrices]
-        optimizer = Muon([muon, *groups], lr=1e-3, betas=PRETRAIN["betas"], eps=1e-7, fused=True)
-    peak_lr = args.blr * args.total_batch / 256
+    optimizer = make_optimizer(module, args)
+    group_names = [group["name"] for group in optimizer.param_groups]
     # At scale 1 it only skips steps whose gradients are not finite, and waits for no GPU
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
     if args.benchmark:
-        benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader,
-                  dict(zip((stage for _, stage in stages), costs)))
+        benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, epochs)
         return leave()
 
     # --- resume
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= dict(num_samples=len(loader.indices), data_checksum=loader.checksum,
-                     scheme_stages=[stage._asdict() for stage in scheme], betas=PRETRAIN["betas"],
-                     targets=source_of(models_mae.targets),
-                     masking_noise=source_of(models_mae.masking_noise), **model.settings)
+    settings = settings_of(args, model, scheme, loader)
     sources = {path.name: hashlib.sha1(path.read_bytes()).hexdigest() for path in scripts()}
     about = dict(settings=settings, model=model.settings, model_class=type(model).__name__,
                  classes=loader.classes, sources=sources)
     parts = dict(modules=module, optimizer=optimizer, scaler=scaler, loader=loader)
-    first_start = is_first_start(args, folder, FREE)
-    source = args.resume
-    if last.exists() and not first_start:
-        source = "auto"
-    state = models_mae.resume(source, last, settings, vars(get_args([])), EXTENDABLE, args.extend,
-                              **parts)
-    step = state["step"] if state else 0
-    if step > steps:
-        raise models_mae.WeightsError(
-            f"{last} has done {step} steps, but --epochs {args.epochs} are {steps}: give "
-            f"--epochs {math.ceil(step / steps_per_epoch)} or more.")
+    new_run = starts_over(args, folder, FREE)
+    state = models_mae.resume(resume_path(args, folder, new_run), settings, vars(get_args([])),
+                              EXTENDABLE, args.extend, **parts)
+    first_step = 0
+    first_loss = None
+    skipped_before = 0
     if state:
-        changed = [name for name, sha1 in state.get("sources", {}).items()
-                   if sources.get(name) != sha1]
-        if changed:
-            print0(f"Warning: {', '.join(changed)} changed since the checkpoint was written.")
-        extended = [f"{k} {state['settings'][k]} -> {settings[k]}" for k in EXTENDABLE
-                    if state["settings"].get(k, settings[k]) != settings[k]]
-        if extended:
-            print0(f"Extended at step {step}: {', '.join(extended)}. Rate and stages follow the "
-                   "new schedule from here on.")
-    first_loss = state["first_loss"] if state else None
-    check_ranks(step=step, batch_size=args.batch_size, **settings)
+        first_step = state["step"]
+        first_loss = state["first_loss"]
+        skipped_before = first_step - int(optimizer.state[model.cls_token]["step"])
+        say_what_changed(state, settings, sources)
+        for group, name in zip(optimizer.param_groups, group_names):
+            group["name"] = name  # which older checkpoints do not hold
+    if first_step > num_steps:
+        raise WeightsError(
+            f"{last} has done {first_step} steps, but --epochs {args.epochs} are {num_steps}: give "
+            f"--epochs {math.ceil(first_step / steps_per_epoch)} or more.")
+    check_ranks(step=first_step, batch_size=args.batch_size, **settings)
     if args.init and not state:
-        fits = models_mae.init_from(model, args.model.removeprefix("mae_"), args.init)
-        print0(f"{args.init} gives the encoder{' and the decoder' * fits}.")
-    if step == steps:
-        print0(f"{last} is of a finished run of {args.epochs} epochs.")
+        decoder_fits = models_mae.init_from(model, args.model.removeprefix("mae_"), args.init)
+        what = "the encoder and the decoder" if decoder_fits else "the encoder"
+        print0(f"{args.init} gives {what}.")
+    if first_step == num_steps:
+        print0(f"{last}: this run of {args.epochs} epochs is finished.")
         return leave()
-    print0(f"{args.model} from step {step} of {steps}: {loader.num_samples:,} pictures, {world} x "
-           f"{args.batch_size} x {accum} a step, {loader.num_workers} threads, {device.type}")
+    print0(f"{args.model} from step {first_step} of {num_steps}: {num_pictures:,} pictures, "
+           f"{world_size} x {args.batch_size} x {accum} a step, {loader.num_workers} threads, "
+           f"{device.type}")
+
+    # --- the run's folder
+    board = None
+    if rank == 0:
+        begin_run(args, folder, new_run, world_size=world_size)
+        keep_scripts(folder / "scripts", first_step)
+        board = SummaryWriter(folder, purge_step=first_step + 1)
+    viz_every = args.viz_every if rank == 0 else 0
+    if viz_every and not model.predicts_pixels:
+        print0("The targets are no pixels: there are no pictures of reconstructions.")
+        viz_every = 0
+    probe_every = max(1, args.epochs // 100)  # epochs; a hundred points of the curve cost little
+    log_every = min(50, steps_per_epoch)
 
     # --- train
-    if rank == 0 and first_start:
-        begin_run(args, folder)
-    board = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
-    if rank == 0:
-        write_args(args, folder, world_size=world)
-        keep_scripts(folder / "scripts", step)
-    bar = tqdm(total=steps, initial=step, unit="step", disable=None if rank == 0 else True)
-    has_pictures = rank == 0 and args.viz_every > 0
-    if has_pictures and not model.predicts_pixels:
-        print0("The targets are no pixels: there are no pictures of reconstructions.")
-        has_pictures = False
-    noise_shape = (accum, args.batch_size // args.repeat, world, args.repeat)
-    stopping = False
-    first_epoch = step // steps_per_epoch
+    meter = Meter(device, accum * args.batch_size, world_size, log_every, first_loss,
+                  skipped_before)
+    batches = training_batches(args, loader, model, epochs, first_step, num_steps, meter)
+    hidden = None if rank == 0 else True  # None: where the output is no terminal
+    bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=hidden)
     saved_at = time.monotonic()
-    for epoch in range(first_epoch, args.epochs):
-        index, stage = stages[epoch]
-        if epoch == first_epoch or stages[epoch - 1][0] != index:
-            print0(f"epoch {epoch + 1}, stage {index + 1}: {stage.res} pixels, mask ratio "
-                   f"{stage.mask_ratio:g}, crops {stage.scale}, {stage.decoder_depth} decoder "
-                   "blocks")
-            model.active_decoder_blocks = stage.decoder_depth
-            window = Window(device, compiles=True)
-        if step % steps_per_epoch == 0:  # else the resumed loader goes on in the middle
-            loader.set_epoch(epoch)
-        loader.set_stage(res=stage.res, scale=stage.scale)
-        batches = iter(loader)
-        while step < (epoch + 1) * steps_per_epoch and not stopping:
-            # Every rank draws all ranks' masks and takes its own, (accum, B, L)
-            noise = draw_noise(noise_shape, model, stage.res, args.seed * 1_000_003 + step,
-                               step / steps, device)[:, :, rank].flatten(1, 2)
-            lr = lr_at(step, steps, args.warmup_epochs * steps_per_epoch, peak_lr)
-            for group in optimizer.param_groups[:-1]:  # not the probe's
-                group["lr"] = lr * group.get("lr_scale", 1)
-            for micro in range(accum):
-                t_data = time.monotonic()
-                images, labels = next(batches)
-                window.data_time += time.monotonic() - t_data
-                ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
-                with autocast:
-                    scalars = compute_loss(images, labels, stage.mask_ratio, noise[micro])
-                scaler.scale(total_loss(scalars) / accum).backward()
-                window.add(scalars)
-            if window.steps == 0:
-                check_groups(module, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            step += 1
-            module.after_step(step)
-            window.steps += 1
-            bar.update()
-            epoch_ends = step % steps_per_epoch == 0
-            stopping = stop + (step == args.max_steps)  # a copy: a signal may come at any moment
-            if world > 1:
-                dist.all_reduce(stopping, op=dist.ReduceOp.MAX)  # on the CPU: waits for no GPU
+    for step in range(first_step, num_steps):
+        epoch = epochs[step // steps_per_epoch]
+        lr = set_lr(optimizer, step, num_steps, args)
+        for micro in range(accum):
+            images, labels, noise = next(batches)
+            ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
+            with autocast:
+                scalars = compute_loss(images, labels, epoch.stage.mask_ratio, noise)
+            scaler.scale(total_loss(scalars) / accum).backward()
+            meter.add(scalars)
+        if meter.steps == 0:
+            check_groups(module, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        module.after_step(step + 1)
+        meter.steps += 1
+        bar.update()
+        steps_done = step + 1
+        epoch_ends = steps_done % steps_per_epoch == 0
+        stopping = on_any_rank(stop) or steps_done == args.max_steps
 
-            if epoch_ends or stopping or step % log_every == 0:
-                means = window.means(scaler, log_every / 2)
-                taken = int(optimizer.state[model.cls_token]["step"])  # AdamW's count
-                row = dict(epoch=epoch + 1, stage=index + 1, res=stage.res,
-                           mask_ratio=stage.mask_ratio, **means, lr=lr, skipped_steps=step - taken,
-                           **window.rates(accum * args.batch_size, world, costs[epoch]))
-                if val and epoch_ends and ((epoch + 1) % probe_every == 0 or step == steps):
-                    row["probe_top1"] = probe_accuracy(module, val, autocast)
-                log(board, step, **row)
-                # What is left of the run at this stage's cost: right across stages
-                steps_left = (epoch + sum(costs[epoch:]) / costs[epoch]) * steps_per_epoch - step
-                left = timedelta(seconds=int(steps_left * args.total_batch / row["img_s"]))
-                text = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-                bar.set_postfix_str(f"{text}, {row['img_s']:.0f} img/s, {left} left")
-                first_loss = first_loss or means["loss"]
-                if epoch_ends:
-                    print0("  ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"  left {left}")
-                window = Window(device)
-            elif window.compiles:
-                scaler.get_scale()  # waits for the GPU
-                window.start_clock()
+        if epoch_ends or stopping or steps_done % log_every == 0:
+            # AdamW counts the steps that were not skipped
+            skipped_steps = steps_done - int(optimizer.state[model.cls_token]["step"])
+            row = meter.row(epoch, lr, skipped_steps)
+            scaler.update(1.0)  # each skipped step has halved the scale
+            probe_is_due = (epoch.index + 1) % probe_every == 0 or steps_done == num_steps
+            if val and epoch_ends and probe_is_due:
+                row["probe_top1"] = probe_accuracy(module, val, autocast)
+            report(board, bar, args, epochs, steps_done, row, scalars)
+            meter.restart()
+        elif meter.compiles:
+            meter.start_clock()
 
-            stage_ends = epoch_ends and (step == steps or stages[epoch + 1][0] != index)
-            if stopping or stage_ends or time.monotonic() - saved_at > 60 * args.save_minutes:
-                scaler.get_scale()  # waits for the GPU
-                saved_at = time.monotonic()
-                milestone = [folder / f"stage{index + 1}.pt"] if stage_ends and step < steps else []
-                for path in [*milestone, last] if rank == 0 else []:
-                    save_checkpoint(path, step=step, epoch=epoch + 1, first_loss=first_loss,
-                                    **about, **{k: part.state_dict() for k, part in parts.items()})
-                window.t0 += time.monotonic() - saved_at  # the rates leave it out
-            show = has_pictures and ((epoch + 1) % args.viz_every == 0 or step == steps)
-            if show and epoch_ends:
-                save_reconstructions(model, val or loader, stage.mask_ratio, (step - 1) / steps,
-                                     board, epoch + 1, step)
-                window.start_clock()
-        batches.close()
+        stage_ends = epoch_ends and epoch.ends_stage
+        if stopping or stage_ends or time.monotonic() - saved_at > 60 * args.save_minutes:
+            with meter.paused():
+                if rank == 0:
+                    save_run(folder, epoch, stage_ends and steps_done < num_steps, parts,
+                             step=steps_done, first_loss=meter.first_loss, **about)
+            saved_at = time.monotonic()
+
+        if viz_every and epoch_ends:
+            if (epoch.index + 1) % viz_every == 0 or steps_done == num_steps:
+                with meter.paused():
+                    save_reconstructions(model, val or loader, epoch, step / num_steps, board,
+                                         steps_done)
         if stopping:
             break
+    batches.close()
 
     # --- end
-    if step == steps:
-        probe = f"probe top-1 {row['probe_top1']:.1f} %, " if val else ""
+    if steps_done == num_steps:
         if rank == 0:
-            write_args(args, folder, world_size=world, finished=True)
-        print0(f"done: {args.epochs} epochs, loss {first_loss:.3f} -> {means['loss']:.3f}, {probe}"
-               f"{timedelta(seconds=int(time.monotonic() - start))}, {last}")
+            write_args(args, folder, world_size=world_size, finished=True)
+        probe = ""
+        if val:
+            probe = f"probe top-1 {row['probe_top1']:.1f} %, "
+        print0(f"done: {args.epochs} epochs, loss {meter.first_loss:.3f} -> {row['loss']:.3f}, "
+               f"{probe}{timedelta(seconds=int(time.monotonic() - start))}, {last}")
     else:
-        print0(f"stopped at step {step}: the same command goes on from {last}")
+        print0(f"stopped at step {steps_done}: the same command goes on from {last}")
     if board:
         board.close()
     leave()
-    sys.exit(step < steps and step != args.max_steps)  # 1: cut short by a signal
+    cut_short = steps_done < num_steps and steps_done != args.max_steps  # by a signal
+    sys.exit(cut_short)
 
 
 def run(argv):
-    """A command line's run, which ends in words where data, weights or files do not fit."""
+    """Runs a command line; the run ends in words where data, weights or files do not fit."""
     try:
         main(get_args(argv))
-    except (DataError, models_mae.WeightsError, OSError) as e:
+    except (DataError, WeightsError, OSError) as e:
         raise SystemExit(f"pretrain: {e}")
 
 

@@ -8,7 +8,6 @@ Last line: as pretrain.py's, e.g. `done: 24 epochs, loss ..., runs/ema_teacher/l
 """
 import copy
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +20,10 @@ MOMENTUM = 0.996  # not tuned
 
 
 class MAEWithTeacher(models_mae.MaskedAutoencoderViT):
+    def __init__(self, **settings):
+        width = settings.get("embed_dim", 768)
+        super().__init__(**(settings | dict(target_dim=width)))
+
     def flops_per_image(self, resolution, mask_ratio, decoder_keep=1.0, **changed):
         student = super().flops_per_image(resolution, mask_ratio, decoder_keep, **changed)
         L = (resolution // self.patch_size) ** 2
@@ -38,10 +41,7 @@ class WithTeacher(pretrain.ModelWithProbe):
 
     def teach(self, imgs):
         """(B, 3, H, W) -> the teacher's patch tokens (B, L, D)"""
-        L = (imgs.shape[-1] // self.model.patch_size) ** 2
-        in_order = torch.arange(L, device=imgs.device).expand(len(imgs), L)
-        latent, _, _ = self.teacher.forward_encoder(imgs, 0.0, in_order)
-        return latent[:, 1:]
+        return self.teacher.forward_whole(imgs)[:, 1:]
 
     @torch.no_grad()
     def after_step(self, step):
@@ -50,11 +50,8 @@ class WithTeacher(pretrain.ModelWithProbe):
 
 
 if __name__ == "__main__":
-    for name in models_mae.SIZES:
-        size = getattr(models_mae, name).keywords
-        dim = size.get("embed_dim", 768)
-        setattr(models_mae, name, partial(MAEWithTeacher, target_dim=dim, **size))
     models_mae.targets = lambda model, imgs, progress: model.teach(imgs)
     models_mae.TARGETS_ARE_PIXELS = False
+    pretrain.MODEL = MAEWithTeacher
     pretrain.ModelWithProbe = WithTeacher
     pretrain.run(sys.argv[1:])

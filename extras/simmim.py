@@ -6,7 +6,6 @@ The encoder sees all patches, the removed ones as a mask token. One linear layer
 pixels; the loss is L1. finetune.py and linprobe.py take its checkpoints. Last line: pretrain.py's.
 """
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,21 +30,18 @@ class SimMIM(models_mae.MaskedAutoencoderViT):
         decoder_embed = 6 * tokens * self.settings["embed_dim"] ** 2  # which MAE has, not SimMIM
         return super().flops_per_image(resolution, 0.0, **changed) - decoder_embed
 
-    def forward_encoder(self, imgs, mask_ratio, noise=None):
+    def encode(self, imgs, ids_keep):
+        B = len(imgs)
         proj = self.patch_embed["proj"]
-        x = F.conv2d(self.normalize(imgs), proj.weight, proj.bias, self.patch_size)
-        x = x.flatten(2).transpose(1, 2)  # (B, L, D)
-        B, L = x.shape[:2]
-        if noise is None:
-            noise = models_mae.masking_noise((B, L), device=imgs.device)
-        ids_restore = noise.argsort(dim=1).argsort(dim=1)
-        mask = (ids_restore >= models_mae.num_kept(L, mask_ratio)).float()
-        x = torch.where(mask[..., None] > 0, self.mask_token.to(x.dtype), x)
+        x = F.conv2d(imgs, proj.weight, proj.bias, self.patch_size).flatten(2).mT  # (B, L, D)
+        removed = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        removed = removed.scatter(1, ids_keep, False)  # (B, L)
+        x = torch.where(removed[..., None], self.mask_token.to(x.dtype), x)
         pos = resample_abs_pos_embed(self.pos_embed, list(self.grid_of(imgs)))
         x = torch.cat([self.cls_token.expand(B, -1, -1).to(x.dtype), x], dim=1) + pos
-        return self.norm(self.run_blocks(self.blocks, x)), mask, ids_restore  # (B, 1 + L, D)
+        return self.norm(self.run_blocks(self.blocks, x))  # (B, 1 + L, D)
 
-    def forward_decoder(self, latent, ids_restore, decoder_keep=1.0, grid=None):
+    def decode(self, latent, ids, L, grid):
         return self.decoder_pred(latent[:, 1:])  # (B, L, P), in order
 
     def forward_loss(self, imgs, pred, mask):
@@ -54,6 +50,5 @@ class SimMIM(models_mae.MaskedAutoencoderViT):
 
 
 if __name__ == "__main__":
-    for name in models_mae.SIZES:
-        setattr(models_mae, name, partial(SimMIM, **getattr(models_mae, name).keywords))
+    pretrain.MODEL = SimMIM
     pretrain.run(sys.argv[1:])
