@@ -171,32 +171,47 @@ def normalize(model, imgs):
 
 @torch.no_grad()
 def accuracy(batches, device):
-    """All ranks' top-1, top-5 (from six classes) in percent, n: of scores (B, C), labels (B,)."""
-    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, n
+    """Batches of scores (B, C) and labels (B,) of all ranks -> {top1, top5, n}.
+
+    top1 and top5 are in percent, top5 only where there are six classes or more; n is the number of
+    pictures.
+    """
+    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, n
+    num_classes = 0  # on a rank that gets no batch
     for scores, labels in batches:
-        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (B, 5)
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels == labels).sum()])
+        num_classes = scores.shape[1]
+        hits = scores.topk(min(5, num_classes)).indices == labels[:, None]  # (B, 5)
+        counts[0] += hits[:, 0].sum()
+        counts[1] += hits.sum()
+        counts[2] += len(labels)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
-    top1, top5, n = counts.tolist()
-    result = {"top1": 100 * top1 / n, "n": int(n)}
-    return result | ({"top5": 100 * top5 / n} if scores.shape[1] > 5 else {})
+    top1_hits, top5_hits, n = counts.tolist()
+    result = {"top1": 100 * top1_hits / n, "n": int(n)}
+    if num_classes > 5:
+        result["top5"] = 100 * top5_hits / n
+    return result
 
 
 # --- the masked autoencoder
 class MaskedAutoencoderViT(nn.Module):
     """MAE: a ViT over the visible patches and a light decoder that predicts the others' pixels.
 
-    settings: the arguments, which travel with the weights. recompute: activation checkpointing.
+    Attributes: settings, the arguments, which are saved with the weights; recompute, whether
+    activations are computed again in the backward pass (less memory, slower).
     """
-    normalize = normalize
+    normalize = normalize  # the function above, as a method
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0,
                  norm_pix_loss=True, target_dim=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.settings = settings  # shapes do not tell the head counts
+        # They are saved with the weights, whose shapes do not tell the head counts
+        self.settings = dict(
+            img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_heads=num_heads, decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth,
+            decoder_num_heads=decoder_num_heads, mlp_ratio=mlp_ratio, norm_pix_loss=norm_pix_loss,
+            target_dim=target_dim, mean=list(mean), std=list(std))
         self.patch_size = patch_size
         self.norm_pix_loss = norm_pix_loss
         self.recompute = False
@@ -209,7 +224,7 @@ class MaskedAutoencoderViT(nn.Module):
             blank = torch.zeros(1, 3, img_size, img_size)
             target_dim = targets(self, blank, self.progress).shape[2]
         num_pixels = patch_size ** 2 * 3
-        settings |= dict(target_dim=target_dim, mean=list(mean), std=list(std))
+        self.settings["target_dim"] = target_dim
         self.predicts_pixels = TARGETS_ARE_PIXELS and target_dim == num_pixels
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
@@ -601,8 +616,8 @@ def hf_settings(file, width, depth):
     except (ValueError, AttributeError, KeyError) as e:
         raise WeightsError(f"{path} is not the config.json of a ViT: {e!r}.") from None
     if found != (width, depth):
-        raise WeightsError(f"{path} is not of {file}: its width and depth are {found}, not "
-                           f"{(width, depth)}.")
+        raise WeightsError(f"{path} does not belong to {file}: its width and depth are {found}, "
+                           f"those of the weights {(width, depth)}.")
     if activation != "gelu":
         raise WeightsError(f"{path}: hidden_act is {activation}, but MAE's models compute gelu.")
     for ours, theirs in (("decoder_embed_dim", "decoder_hidden_size"),
@@ -621,17 +636,17 @@ PATCHES = "patch_embed.proj.weight"
 
 
 def strip_prefix(weights, path, ending):
-    """The weights of the one encoder under `weights`, without the prefix of their names.
+    """The weights of the one encoder among `weights`, without the prefix of their names.
 
-    ending: of the name of its patch embedding. What has another prefix is left out, such as DINO's
-    head. Of several encoders the one is taken whose prefix is of WRAPPERS alone.
+    ending: how the name of its patch embedding ends. Weights with another prefix are left out, such
+    as DINO's head. If there are several encoders, the one is taken whose prefix is one of WRAPPERS.
     """
     prefixes = [name.removesuffix(ending) for name in weights if name.endswith(ending)]
     if len(prefixes) > 1:
         prefixes = [prefix for prefix in prefixes if re.fullmatch(WRAPPERS, prefix)] or prefixes
     if len(prefixes) > 1:
         raise WeightsError(f"{path} holds several encoders: {', '.join(prefixes)}. Save the "
-                           "weights of the one to take in a file of its own.")
+                           "weights of one of them in a file of its own.")
     if not prefixes:
         raise WeightsError(f"{path} holds no encoder: no {PATCHES} among its {len(weights)} "
                            f"tensors {', '.join(list(weights)[:4])}. Give another file.")
@@ -645,11 +660,12 @@ def holds_tensors(value):
 
 
 def read_weights(path):
-    """A checkpoint's weights under official names, the settings that it tells, class names or None.
+    """A checkpoint -> weights under official names, the settings it tells, class names or None.
 
-    Reads ours, official MAE's, timm's and Hugging Face's ViTMAE (a file, or a folder of
-    save_pretrained), in one of CONTAINERS, with any prefix. Only ours and Hugging Face's
-    config.json tell the head count. The path "none" gives ({}, {}, None). Raises WeightsError.
+    Reads our checkpoints, the official MAE's, timm's and Hugging Face's ViTMAE (a file, or a folder
+    that save_pretrained wrote). The weights may lie in one of CONTAINERS, and their names may have
+    any prefix. Only ours and Hugging Face's config.json tell the head count. The path "none" gives
+    ({}, {}, None). Raises WeightsError.
     """
     if path == "none":
         return {}, {}, None
@@ -780,8 +796,9 @@ def resume(path, settings, defaults, extendable=(), extend=False, **parts):
 def load_into(model, weights, path, fresh=()):
     """Loads weights into a model, the position table resampled to its size.
 
-    fresh: prefixes of what keeps its new values. An unused decoder, head or norm is left out; a
-    finetuned fc_norm stands in for a missing norm. Raises WeightsError that names what is wrong.
+    fresh: how the names begin that keep their new values. A decoder, head or norm that the model
+    does not have is left out; a finetuned fc_norm takes the place of a missing norm. Raises
+    WeightsError that names what is wrong.
     """
     own = model.state_dict()
     if "norm.weight" in own and "norm.weight" not in weights:
@@ -798,14 +815,14 @@ def load_into(model, weights, path, fresh=()):
 
 
 def init_from(model, name, path):
-    """Starts mae_{name} from a checkpoint -> whether its decoder fitted too. WeightsError."""
+    """Loads a checkpoint into mae_{name} -> whether its decoder fitted too. WeightsError."""
     weights, ckpt_settings, _ = read_weights(path)
     vit_settings(name, ckpt_settings, path)
     for key in ("mean", "std"):
         theirs = ckpt_settings.get(key, model.settings[key])
         if theirs != model.settings[key]:
-            raise WeightsError(f"{path} takes pictures of {key} {theirs}: give these numbers to "
-                               f"--{key}.")
+            raise WeightsError(f"{path} was trained on pictures with the {key} {theirs}: give "
+                               f"these numbers to --{key}.")
     own = model.state_dict()
     weights |= {k: own[k] for k in own if "pos_embed" in k}  # fixed, of this size
     decoder = [k for k in (*own, *weights) if k.startswith(("mask_token", "decoder"))]
@@ -825,10 +842,11 @@ def decoder_heads(settings, path):
 
 
 def load_mae(path, model_class=MaskedAutoencoderViT, **settings):
-    """A trained MaskedAutoencoderViT in eval mode, from what read_weights reads. WeightsError.
+    """A trained MaskedAutoencoderViT in eval mode, from any file that read_weights reads.
 
-    model_class: a class of your own, which is in the checkpoint by its name; another's is refused.
-    settings: what an official file does not tell, such as norm_pix_loss=False.
+    model_class: your own class; a checkpoint holds the name of its class, and another one is
+    refused. settings: what an official file does not tell, such as norm_pix_loss=False. Raises
+    WeightsError.
     """
     weights, ckpt_settings, _ = read_weights(path)
     if "decoder_pred.weight" not in weights:
@@ -930,7 +948,8 @@ def main():
                         help="write the encoder of CHECKPOINT as a file that timm loads")
     target.add_argument("--export-hf", nargs=2, metavar=("CHECKPOINT", "OUT"),
                         help="write CHECKPOINT, decoder too, as a folder for Hugging Face's ViTMAE")
-    p.add_argument("--num-classes", type=int, default=1000, help="of timm's model; 0: no head")
+    p.add_argument("--num-classes", type=int, default=1000,
+                   help="classes of timm's model; 0: it has no head")
     args = p.parse_args()
     try:
         if args.export_timm:
