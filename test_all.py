@@ -199,6 +199,71 @@ def spoil(source, out, i):
     return out
 
 
+# --- runs of the training scripts to test on
+TINY = ["--model", "mae_vit_nano_patch8", "--input-size", "32", "--blr", "4e-3", "--viz-every", "2"]
+
+
+@pytest.fixture(scope="session")
+def mae(folder):
+    """An untrained model, which lies in the folder as mae.pt."""
+    torch.manual_seed(0)
+    model = models_mae.mae_vit_nano_patch8(img_size=32, depth=2)
+    torch.save({"modules": {f"model.{k}": v for k, v in model.state_dict().items()},
+                "model": model.settings, "classes": ["dark", "light"]}, folder / "mae.pt")
+    return model.eval()
+
+
+def flags(script, folder, out, *words):
+    """The command line of a tiny run of a script: 4 epochs of 4 steps of 2 micro-batches."""
+    own = {pretrain: TINY, finetune: ["--finetune", folder / "mae.pt"],
+           linprobe: ["--checkpoint", folder / "mae.pt"]}[script]
+    return ["--data", folder / "train.beton", "--val-data", folder / "val.beton", "--output-dir",
+            out, *own, "--total-batch", 16, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1,
+            "--num-workers", 2, *words]
+
+
+def fit(script, folder, out, *words, ranks=1):
+    """A tiny run of a script in this process -> its exit code; of several ranks under torchrun."""
+    words = flags(script, folder, out, *words)
+    if ranks == 1:
+        return train(script, *words)
+    return run(f"{script.__name__}.py", *words, ranks=ranks).returncode
+
+
+def train_to_signal(call, script, *words):
+    """Trains until a signal, which arrives while the learning rate of this step is computed."""
+    counter = itertools.count()
+
+    def signalled(*args):
+        if next(counter) == call:
+            signal.raise_signal(signal.SIGUSR1)
+        return schedules.lr_at(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "lr_at", signalled)
+        assert train(script, *words) == 1
+
+
+def log_of(out):
+    """The lines of log.jsonl, the last one of a step, as {step: values}."""
+    return {line["step"]: line for line in map(json.loads, (out / "log.jsonl").open())}
+
+
+def check_same_end(a, b):
+    """Two runs ended with the same weights and moments, bit for bit."""
+    states = [torch.load(out / "last.pt", weights_only=True) for out in (a, b)]
+    ends = [(state["step"], state.get("modules") or state["head"], state["optimizer"]["state"])
+            for state in states]
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="session")
+def unbroken(folder, tmp_path_factory):
+    """The tiny pretraining that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert fit(pretrain, folder, out) == 0
+    return out
+
+
 # --- build_beton
 def tar_of(members):
     """The bytes of a tar of (name, bytes) pairs."""
@@ -2764,84 +2829,6 @@ def test_bench_scaling_varies_one_thing_at_a_time(folder, tmp_path, monkeypatch)
     assert report["plots"] == [str(tmp_path / "p_scaling.png")]
 
 
-# --- the training scripts
-TINY = ["--model", "mae_vit_nano_patch8", "--input-size", "32", "--blr", "4e-3", "--viz-every", "2"]
-
-
-@pytest.fixture(scope="session")
-def mae(folder):
-    """An untrained model, which lies in the folder as mae.pt."""
-    torch.manual_seed(0)
-    model = models_mae.mae_vit_nano_patch8(img_size=32, depth=2)
-    torch.save({"modules": {f"model.{k}": v for k, v in model.state_dict().items()},
-                "model": model.settings, "classes": ["dark", "light"]}, folder / "mae.pt")
-    return model.eval()
-
-
-def flags(script, folder, out, *words):
-    """The command line of a tiny run of a script: 4 epochs of 4 steps of 2 micro-batches."""
-    own = {pretrain: TINY, finetune: ["--finetune", folder / "mae.pt"],
-           linprobe: ["--checkpoint", folder / "mae.pt"]}[script]
-    return ["--data", folder / "train.beton", "--val-data", folder / "val.beton", "--output-dir",
-            out, *own, "--total-batch", 16, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1,
-            "--num-workers", 2, *words]
-
-
-def pretrain_here(folder, out, *words):
-    return train(pretrain, *flags(pretrain, folder, out, *words))
-
-
-def train_to_signal(call, script, *words):
-    """Trains until a signal, which arrives while the learning rate of this step is computed."""
-    counter = itertools.count()
-
-    def signalled(*args):
-        if next(counter) == call:
-            signal.raise_signal(signal.SIGUSR1)
-        return schedules.lr_at(*args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "lr_at", signalled)
-        assert train(script, *words) == 1
-
-
-def log_of(out):
-    """The lines of log.jsonl, the last one of a step, as {step: values}."""
-    return {line["step"]: line for line in map(json.loads, (out / "log.jsonl").open())}
-
-
-def check_same_end(a, b):
-    """Two runs ended with the same weights and moments, bit for bit."""
-    states = [torch.load(out / "last.pt", weights_only=True) for out in (a, b)]
-    ends = [(state["step"], state.get("modules") or state["head"], state["optimizer"]["state"])
-            for state in states]
-    torch.testing.assert_close(*ends, rtol=0, atol=0)
-
-
-@pytest.fixture(scope="session")
-def unbroken(folder, tmp_path_factory):
-    """The tiny pretraining that nothing interrupts."""
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
-    assert pretrain_here(folder, out) == 0
-    return out
-
-
-@pytest.mark.parametrize("script, words", [
-    (pretrain, ["--repeat", 2, "--optimizer", "muon"]), (finetune, []), (linprobe, []),
-    (linprobe, ["--cached"])])
-def test_runs_resume_bit_identical(folder, mae, tmp_path, script, words):
-    """Stopped in and at the end of an epoch, through all stages: the bits of the unbroken run."""
-    whole = flags(script, folder, tmp_path / "whole", *words)
-    cut = flags(script, folder, tmp_path / "cut", *words)
-    assert train(script, *whole) == 0
-    for call in (5, 1):
-        train_to_signal(call, script, *cut)
-    assert train(script, *cut) == 0
-    check_same_end(tmp_path / "cut", tmp_path / "whole")
-    assert train(script, *cut) == 0  # finished already
-    with pytest.raises(WeightsError, match="blr: .* there, 1.0 here"):
-        train(script, *cut, "--blr", 1)
-
-
 # --- pretrain
 def test_pretrain_defaults_are_table_1():
     """The flags' defaults are the paper's pretraining column and the palindrome; a warm-up longer
@@ -2912,7 +2899,7 @@ def test_pretrain_trains_what_a_user_adds(folder, tmp_path, monkeypatch, capsys,
         return made[-1]
     monkeypatch.setattr(pretrain, "ModelWithProbe", make)
     words = ("--optimizer", optimizer)
-    assert pretrain_here(folder, tmp_path / "whole", *words) == 0
+    assert fit(pretrain, folder, tmp_path / "whole", *words) == 0
     module = made[-1]
     assert module.steps == list(range(1, 17))
     for name, before in module.first.items():
@@ -2925,16 +2912,16 @@ def test_pretrain_trains_what_a_user_adds(folder, tmp_path, monkeypatch, capsys,
     assert "average.weight" in saved and not any(name.startswith("teacher") for name in saved)
     for call in (5, 1):
         train_to_signal(call, pretrain, *flags(pretrain, folder, tmp_path / "cut", *words))
-    assert pretrain_here(folder, tmp_path / "cut", *words) == 0
+    assert fit(pretrain, folder, tmp_path / "cut", *words) == 0
     check_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_pretrain_checkpoint_without_an_added_module_is_named(folder, tmp_path, monkeypatch):
     """Only what is not persistent may be missing from a checkpoint."""
-    assert pretrain_here(folder, tmp_path, "--max-steps", 1) == 0
+    assert fit(pretrain, folder, tmp_path, "--max-steps", 1) == 0
     monkeypatch.setattr(pretrain, "ModelWithProbe", WithContrast)
     with pytest.raises(WeightsError, match="(?s)last.pt, modules: .*projector.*--resume none"):
-        pretrain_here(folder, tmp_path)
+        fit(pretrain, folder, tmp_path)
 
 
 def test_pretrain_a_gradient_in_no_group_ends_the_run(folder, tmp_path, monkeypatch):
@@ -2949,7 +2936,7 @@ def test_pretrain_a_gradient_in_no_group_ends_the_run(folder, tmp_path, monkeypa
         return module
     monkeypatch.setattr(pretrain, "ModelWithProbe", make)
     with pytest.raises(WeightsError, match="projector.weight, projector.bias: .*requires_grad"):
-        pretrain_here(folder, tmp_path)
+        fit(pretrain, folder, tmp_path)
 
 
 def test_pretrain_progress_reaches_masks_and_targets(folder, tmp_path, monkeypatch):
@@ -2988,7 +2975,7 @@ def test_pretrain_features_as_targets_need_one_function(folder, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(models_mae, "targets", lambda model, imgs, progress: (
             model.patchify(imgs).unflatten(2, (-1, 3)).std(dim=2)))  # (B, L, 3)
-        assert pretrain_here(folder, tmp_path / "std", "--epochs", 1) == 0
+        assert fit(pretrain, folder, tmp_path / "std", "--epochs", 1) == 0
     assert "no pictures" in capsys.readouterr().out
     assert not list((tmp_path / "std").glob("*.png"))
     model = load_mae(tmp_path / "std/last.pt")
@@ -2997,8 +2984,8 @@ def test_pretrain_features_as_targets_need_one_function(folder, tmp_path, monkey
     with monkeypatch.context() as patch:  # as many numbers as pixels, but features
         patch.setattr(models_mae, "TARGETS_ARE_PIXELS", False)
         patch.setattr(models_mae, "targets", lambda model, imgs, _: model.patchify(imgs).sin())
-        assert pretrain_here(folder, tmp_path / "sin", "--epochs", 1) == 0
-    assert pretrain_here(folder, tmp_path / "never", "--epochs", 1, "--viz-every", 0) == 0
+        assert fit(pretrain, folder, tmp_path / "sin", "--epochs", 1) == 0
+    assert fit(pretrain, folder, tmp_path / "never", "--epochs", 1, "--viz-every", 0) == 0
     assert not list(tmp_path.glob("*/*.png"))
 
 
@@ -3019,7 +3006,7 @@ def test_pretrain_refuses_what_would_change_the_result(folder, begun, tmp_path, 
         """Another docstring."""
         return torch.rand(shape, generator=generator, device=device)  # and a comment
     monkeypatch.setattr(models_mae, "masking_noise", masking_noise)
-    assert pretrain_here(folder, begun, "--max-steps", 5) == 0
+    assert fit(pretrain, folder, begun, "--max-steps", 5) == 0
     s5 = list(schedules.PRETRAIN_SCHEMES["s5"])
     for change, named in (
             ((schedules.PRETRAIN_SCHEMES, "s5", s5[:2] + [s5[2]._replace(mask_ratio=0.8)]),
@@ -3029,16 +3016,16 @@ def test_pretrain_refuses_what_would_change_the_result(folder, begun, tmp_path, 
             ((schedules.PRETRAIN, "betas", (0.9, 0.99)), "betas")):
         with monkeypatch.context() as patch, pytest.raises(WeightsError, match=f"{named}.*none"):
             patch.setitem(*change)
-            pretrain_here(folder, begun)
+            fit(pretrain, folder, begun)
     for name in ("targets", "masking_noise"):
         with monkeypatch.context() as patch, pytest.raises(WeightsError, match=f"{name}: .*none"):
             patch.setattr(models_mae, name, lambda *args, **kwargs: None)
             patch.setattr(models_mae.MaskedAutoencoderViT, "__init__",
                           functools.partialmethod(models_mae.MaskedAutoencoderViT.__init__,
                                                   target_dim=192))
-            pretrain_here(folder, begun)
+            fit(pretrain, folder, begun)
     with pytest.raises(WeightsError, match="data_checksum"):
-        pretrain_here(folder, begun, "--data", tmp_path / "other.beton")
+        fit(pretrain, folder, begun, "--data", tmp_path / "other.beton")
 
     shutil.copytree(folder / "train", tmp_path / "train")
     checksums = []
@@ -3068,7 +3055,7 @@ def test_pretrain_old_checkpoints_resume(folder, begun, unbroken):
         state["model"].pop(key)
     torch.save(state, begun / "last.pt")
     load_mae(begun / "last.pt")
-    assert pretrain_here(folder, begun) == 0
+    assert fit(pretrain, folder, begun) == 0
     check_same_end(begun, unbroken)
 
 
@@ -3079,7 +3066,7 @@ def test_pretrain_changed_scripts_are_said_and_kept(folder, begun, capsys):
     torch.save(state, begun / "last.pt")
     old = begun / "scripts/from_step_0/models_mae.py"
     old.write_text("# older")
-    assert pretrain_here(folder, begun, "--max-steps", 5) == 0
+    assert fit(pretrain, folder, begun, "--max-steps", 5) == 0
     assert capsys.readouterr().out.count("Warning: models_mae.py changed since") == 1
     assert old.read_text() == "# older"
     new = begun / "scripts/from_step_4/models_mae.py"
@@ -3091,8 +3078,8 @@ def test_runs_resume_none_puts_the_old_run_aside(folder, mae, tmp_path, script):
     """All files of the earlier run are in old_1/, then old_2/, and others stay; the same command
     goes on with the run that it began, with the bits of an unbroken one."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert train(script, *flags(script, folder, whole)) == 0
-    assert train(script, *flags(script, folder, out, "--epochs", 1)) == 0
+    assert fit(script, folder, whole) == 0
+    assert fit(script, folder, out, "--epochs", 1) == 0
     (out / "notes.txt").write_text("mine")
     before = {path.name for path in out.iterdir()} - {".lock", "notes.txt"}
     new = flags(script, folder, out, "--resume", "none")
@@ -3138,29 +3125,29 @@ def test_pretrain_extends_a_run_when_asked(folder, tmp_path, capsys):
     """More epochs and another rate are refused with the remedy, and taken with --extend: weights
     and moments are kept, the rate is that of the new schedule; killed, the bits are the same."""
     for name in ("whole", "cut"):
-        assert pretrain_here(folder, tmp_path / name, "--epochs", 2) == 0
+        assert fit(pretrain, folder, tmp_path / name, "--epochs", 2) == 0
     longer = ("--epochs", 4, "--blr", 2e-3)
     with pytest.raises(WeightsError, match="epochs: 2 there, 4 here.*--extend"):
-        pretrain_here(folder, tmp_path / "whole", *longer)
+        fit(pretrain, folder, tmp_path / "whole", *longer)
     with pytest.raises(WeightsError, match="seed: 0 there, 1 here") as raised:
-        pretrain_here(folder, tmp_path / "whole", *longer, "--extend", "--seed", 1)
+        fit(pretrain, folder, tmp_path / "whole", *longer, "--extend", "--seed", 1)
     assert "--extend" not in str(raised.value)
-    assert pretrain_here(folder, tmp_path / "whole", *longer, "--extend") == 0
+    assert fit(pretrain, folder, tmp_path / "whole", *longer, "--extend") == 0
     assert "epochs 2 -> 4, warmup_epochs 0.5 -> 1" in capsys.readouterr().out
     for step, line in log_of(tmp_path / "whole").items():
         peak, epochs, warm_up = (4e-3, 2, 2) if step <= 8 else (2e-3, 4, 4)
         rate = schedules.lr_at(step - 1, 4 * epochs, warm_up, peak * 16 / 256)
         assert line["lr"] == pytest.approx(rate)
     train_to_signal(3, pretrain, *flags(pretrain, folder, tmp_path / "cut", *longer, "--extend"))
-    assert pretrain_here(folder, tmp_path / "cut", *longer) == 0  # its own settings by now
+    assert fit(pretrain, folder, tmp_path / "cut", *longer) == 0  # its own settings by now
     check_same_end(tmp_path / "cut", tmp_path / "whole")
     with pytest.raises(WeightsError, match="16 steps.*--epochs 4 or more"):
-        pretrain_here(folder, tmp_path / "cut", "--epochs", 3, "--extend")
+        fit(pretrain, folder, tmp_path / "cut", "--epochs", 3, "--extend")
 
 
 def test_pretrain_says_which_stages_get_no_epoch(folder, tmp_path, capsys):
     """Those with a share alone; so does finetuning."""
-    assert pretrain_here(folder, tmp_path, "--epochs", 2, "--max-steps", 1) == 0
+    assert fit(pretrain, folder, tmp_path, "--epochs", 2, "--max-steps", 1) == 0
     said = capsys.readouterr().out
     assert re.findall("Stage ([0-9]) gets no epoch.*--epochs 2", said) == ["1"]
     s5 = schedules.PRETRAIN_SCHEMES["s5"]
@@ -3176,16 +3163,16 @@ def test_pretrain_own_mean_and_deviation_stay_with_the_weights(folder, tmp_path,
     mean, std = [0.5, 0.25, 0.125], [0.5, 0.5, 0.25]
     words = ("--mean", *mean, "--std", *std)
     with pytest.raises(WeightsError, match="divided by 255"):
-        pretrain_here(folder, tmp_path / "x", "--mean", 123, 117, 104)
+        fit(pretrain, folder, tmp_path / "x", "--mean", 123, 117, 104)
     out = tmp_path / "run"
-    assert pretrain_here(folder, out, *words, "--epochs", 1) == 0
+    assert fit(pretrain, folder, out, *words, "--epochs", 1) == 0
     model = load_mae(out / "last.pt")
     image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     assert model.normalize(image)[0, :, 0, 0].tolist() == [1.0, 1.5, 3.5]
     with pytest.raises(WeightsError, match="give these numbers to --mean"):
-        pretrain_here(folder, tmp_path / "x", "--init", out / "last.pt")
-    assert pretrain_here(folder, tmp_path / "x", "--init", out / "last.pt", *words,
-                         "--max-steps", 1) == 0
+        fit(pretrain, folder, tmp_path / "x", "--init", out / "last.pt")
+    assert fit(pretrain, folder, tmp_path / "x", "--init", out / "last.pt", *words,
+               "--max-steps", 1) == 0
     seen = []
     normalize = ViT.normalize
     monkeypatch.setattr(ViT, "normalize", lambda self, imgs: (
@@ -3195,8 +3182,8 @@ def test_pretrain_own_mean_and_deviation_stay_with_the_weights(folder, tmp_path,
     assert train(finetune, *tuned) == 0
     assert train(finetune, "--eval", "--resume", tmp_path / "ft/best.pt", "--val-data",
                  folder / "val.beton", "--output-dir", tmp_path / "ft") == 0
-    assert train(linprobe, *flags(linprobe, folder, tmp_path / "lp", "--checkpoint",
-                                  out / "last.pt", "--epochs", 1)) == 0
+    assert fit(linprobe, folder, tmp_path / "lp", "--checkpoint",
+               out / "last.pt", "--epochs", 1) == 0
     assert len(seen) > 10 and all(pair == (mean, std) for pair in seen)
     models_mae.export_hf(out / "last.pt", tmp_path / "hf")
     config = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())
@@ -3243,8 +3230,7 @@ def test_extras_train_by_import(folder, tmp_path, name, own):
         load_mae(last)
     model = load_mae(last, runpy.run_path(path)[own])
     assert model.features(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
-    assert train(finetune, *flags(finetune, folder, tmp_path / "ft", "--finetune", last,
-                                  "--epochs", 1)) == 0
+    assert fit(finetune, folder, tmp_path / "ft", "--finetune", last, "--epochs", 1) == 0
 
 
 def test_extras_measure_themselves(monkeypatch):
@@ -3282,7 +3268,7 @@ def test_pretrain_stages_have_fields(folder, tmp_path, monkeypatch):
             schedules.Stage(224, 0.75, 0.2, scale=(0.08, 1)), schedules.Stage(192, 0.5, 0.2)]
     monkeypatch.setitem(schedules.PRETRAIN_SCHEMES, "five", five)
     words = ("--scheme", "five", "--epochs", 5)
-    assert pretrain_here(folder, tmp_path / "whole", *words) == 0
+    assert fit(pretrain, folder, tmp_path / "whole", *words) == 0
     assert scales == [(0.5, 1.0), (0.2, 1.0), (0.2, 1.0), (0.08, 1), (0.2, 1.0)]
     start = torch.load(tmp_path / "whole/stage1.pt", weights_only=True)["modules"]
     middle = torch.load(tmp_path / "whole/stage2.pt", weights_only=True)["modules"]
@@ -3297,10 +3283,10 @@ def test_pretrain_stages_have_fields(folder, tmp_path, monkeypatch):
     assert train(pretrain, *cut) == 0
     check_same_end(tmp_path / "cut", tmp_path / "whole")
     with pytest.raises(WeightsError, match="--optimizer adamw"):
-        pretrain_here(folder, tmp_path / "x", *words, "--optimizer", "muon")
+        fit(pretrain, folder, tmp_path / "x", *words, "--optimizer", "muon")
     five[0] = five[0]._replace(decoder_depth=3)
     with pytest.raises(WeightsError, match="--decoder-depth 3"):
-        pretrain_here(folder, tmp_path / "x", *words)
+        fit(pretrain, folder, tmp_path / "x", *words)
 
 
 def test_pretrain_same_update_however_it_is_cut(folder, tmp_path):
@@ -3309,12 +3295,9 @@ def test_pretrain_same_update_however_it_is_cut(folder, tmp_path):
     gradients = []
     for batch_size, ranks in ((64, 1), (16, 1), (16, 2)):
         out = tmp_path / f"{batch_size}-{ranks}"
-        words = flags(pretrain, folder, out, "--probe", "off", "--max-steps", 1, "--repeat", 2,
-                      "--total-batch", 64, "--batch-size", batch_size, "--warmup-epochs", 0)
-        if ranks == 1:
-            assert train(pretrain, *words) == 0
-        else:
-            run("pretrain.py", *words, ranks=ranks)
+        words = ("--probe", "off", "--max-steps", 1, "--repeat", 2, "--total-batch", 64,
+                 "--batch-size", batch_size, "--warmup-epochs", 0)
+        assert fit(pretrain, folder, out, *words, ranks=ranks) == 0
         moments = torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"]
         gradients.append({i: moment["exp_avg"] * 10 for i, moment in moments.items()})
         torch.testing.assert_close(gradients[-1], gradients[0], rtol=0, atol=1e-6)
@@ -3428,14 +3411,14 @@ def test_pretrain_muon_launches_do_not_grow_with_depth():
 def test_pretrain_refuses_a_checkpoint_of_timms_muon(folder, tmp_path):
     """A run that older code began is named, with the remedy."""
     words = ("--optimizer", "muon", "--probe", "off")
-    assert pretrain_here(folder, tmp_path, *words, "--max-steps", 1) == 0
+    assert fit(pretrain, folder, tmp_path, *words, "--max-steps", 1) == 0
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     model = models_mae.mae_vit_nano_patch8(img_size=32)
     _, (_, optimizer) = make_muons(model).items()
     state["optimizer"] = optimizer.state_dict()
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(WeightsError, match="last.pt, optimizer: .*timm's.*--resume none"):
-        pretrain_here(folder, tmp_path, *words)
+        fit(pretrain, folder, tmp_path, *words)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -3446,8 +3429,8 @@ def test_pretrain_a_step_waits_for_no_number(folder, tmp_path, optimizer):
     for total_batch in (16, 8):
         with CountOps() as counter:
             out = tmp_path / f"{total_batch}"
-            assert pretrain_here(folder, out, "--optimizer", optimizer, "--epochs", 2,
-                                 "--total-batch", total_batch, "--viz-every", 99) == 0
+            assert fit(pretrain, folder, out, "--optimizer", optimizer, "--epochs", 2,
+                       "--total-batch", total_batch, "--viz-every", 99) == 0
         asked.append(counter.counts["asked"])
     assert asked[0] == asked[1] > 0
 
@@ -3460,20 +3443,20 @@ def test_pretrain_skips_a_step_that_is_not_finite(folder, tmp_path):
         patch.setattr(pretrain.ModelWithProbe, "forward", lambda self, *args: {
             name: loss * (math.nan if next(calls) == 20 else 1)
             for name, loss in forward(self, *args).items()})
-        assert pretrain_here(folder, tmp_path / "nan") == 0
+        assert fit(pretrain, folder, tmp_path / "nan") == 0
     assert [line["skipped_steps"] for line in log_of(tmp_path / "nan").values()] == [0, 1, 1, 1]
     calls = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: (
             step(*args, **kwargs) if next(calls) != 5 else None))
-        assert pretrain_here(folder, tmp_path / "left_out") == 0
+        assert fit(pretrain, folder, tmp_path / "left_out") == 0
     check_same_end(tmp_path / "nan", tmp_path / "left_out")
 
 
 def test_pretrain_ends_where_the_loss_stays_not_finite(folder, tmp_path):
     """An absurd rate ends with the advice; no checkpoint holds weights that are not finite."""
     with pytest.raises(DataError, match="finite.*--blr"):
-        pretrain_here(folder, tmp_path, "--blr", "1e30", "--epochs", 8, "--save-minutes", 0)
+        fit(pretrain, folder, tmp_path, "--blr", "1e30", "--epochs", 8, "--save-minutes", 0)
     modules = torch.load(tmp_path / "last.pt", weights_only=True)["modules"]
     assert all(v.isfinite().all() for v in modules.values())
 
@@ -3486,11 +3469,11 @@ def test_pretrain_full_disk_ends_and_goes_on(folder, unbroken, tmp_path, request
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     request.addfinalizer(functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    assert pretrain_here(folder, tmp_path) == 1
+    assert fit(pretrain, folder, tmp_path) == 1
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search(r"\.pt cannot be written: .*Make room", capsys.readouterr().err)
     assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp*"))
-    assert pretrain_here(folder, tmp_path) == 0
+    assert fit(pretrain, folder, tmp_path) == 0
     check_same_end(tmp_path, unbroken)
 
 
@@ -3641,7 +3624,7 @@ def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch,
     state = torch.load(unbroken / "last.pt", weights_only=True)
     del state["settings"]["repeat"]
     torch.save(state, tmp_path / "old.pt")
-    assert pretrain_here(folder, tmp_path, "--resume", tmp_path / "old.pt") == 0
+    assert fit(pretrain, folder, tmp_path, "--resume", tmp_path / "old.pt") == 0
     four = [schedules.Stage(res, mask_ratio, 0.25)
             for res, mask_ratio in ((224, 0.75), (192, 0.5), (160, 0.0), (224, 0.9))]
     monkeypatch.setitem(schedules.PRETRAIN_SCHEMES, "four", four)
@@ -3651,7 +3634,7 @@ def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch,
                      "--epochs", 1]}
     logs = {}
     for name, words in runs.items():
-        assert pretrain_here(folder, tmp_path / name, *words) == 0
+        assert fit(pretrain, folder, tmp_path / name, *words) == 0
         logs[name] = list(log_of(tmp_path / name).values())
     assert "dark has no labels: there is no online probe" in capsys.readouterr().out
     assert "probe_top1" not in logs["flat"][-1] and "probe_top1" in logs["full"][-1]
@@ -3664,7 +3647,7 @@ def test_pretrain_takes_what_users_have(folder, unbroken, tmp_path, monkeypatch,
 def test_pretrain_benchmark_reports_each_stage(folder, tmp_path, capsys):
     """Rows that follow from one another, without and with the loader; few pictures are repeated."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    assert pretrain_here(folder, tmp_path, "--benchmark", 1, "--batch-size", 80, "--repeat", 2) == 0
+    assert fit(pretrain, folder, tmp_path, "--benchmark", 1, "--batch-size", 80, "--repeat", 2) == 0
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # Ctrl-C ends it at once
     rows = [json.loads(row) for row in capsys.readouterr().out.splitlines() if row.startswith("{")]
     assert [(row["res"], row["source"]) for row in rows] == [
@@ -3941,7 +3924,7 @@ def test_finetune_refuses_other_data(folder, mae, unbroken, beton, tmp_path):
                         (["--data", tmp_path / "one"], "one class"),
                         (["--resume", unbroken / "last.pt"], "other settings")):
         with pytest.raises(ValueError, match=word):
-            train(finetune, *flags(finetune, folder, tmp_path, *words))
+            fit(finetune, folder, tmp_path, *words)
     with pytest.raises(WeightsError, match="no classifier"):
         train(finetune, "--eval", "--resume", folder / "mae.pt", "--output-dir", tmp_path)
 
@@ -3996,8 +3979,8 @@ def test_linprobe_stores_the_models_features(folder, mae, tmp_path):
     features, labels = linprobe.store_features(model, loader, contextlib.nullcontext(), None)
     assert torch.equal(features, torch.cat([images.flatten(1) for images, _ in loader]).half())
     assert labels.tolist() == loader.labels.tolist()
-    assert train(linprobe, *flags(linprobe, folder, tmp_path / "1", "--knn")) == 0
-    run("linprobe.py", *flags(linprobe, folder, tmp_path / "2", "--knn"), ranks=2)
+    assert fit(linprobe, folder, tmp_path / "1", "--knn") == 0
+    fit(linprobe, folder, tmp_path / "2", "--knn", ranks=2)
     results = [(tmp_path / name / "results.jsonl").read_text() for name in "12"]
     assert results[0] == results[1] and json.loads(results[0])["n"] == 13
 
@@ -4061,6 +4044,23 @@ def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path, capsys):
 
 
 # --- all training scripts
+@pytest.mark.parametrize("script, words", [
+    (pretrain, ["--repeat", 2, "--optimizer", "muon"]), (finetune, []), (linprobe, []),
+    (linprobe, ["--cached"])])
+def test_runs_resume_bit_identical(folder, mae, tmp_path, script, words):
+    """Stopped in and at the end of an epoch, through all stages: the bits of the unbroken run."""
+    whole = flags(script, folder, tmp_path / "whole", *words)
+    cut = flags(script, folder, tmp_path / "cut", *words)
+    assert train(script, *whole) == 0
+    for call in (5, 1):
+        train_to_signal(call, script, *cut)
+    assert train(script, *cut) == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+    assert train(script, *cut) == 0  # finished already
+    with pytest.raises(WeightsError, match="blr: .* there, 1.0 here"):
+        train(script, *cut, "--blr", 1)
+
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -4080,14 +4080,14 @@ def test_runs_have_their_folder_alone(folder, mae, tmp_path, capsys):
         assert first.stdout.readline() == "held\n"
         (tmp_path / "last.pt.tmp-2").write_text("of the run that holds the folder")
         for script in (pretrain, finetune, linprobe):
-            assert train(script, *flags(script, folder, tmp_path)) == 1
+            assert fit(script, folder, tmp_path) == 1
             error = capsys.readouterr().err
             assert f"{tmp_path} is in use by process {first.pid} on" in error
             assert "--output-dir" in error
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "last.pt.tmp-2"}
-        assert train(linprobe, *flags(linprobe, folder, tmp_path, "--knn")) == 0  # only reads
+        assert fit(linprobe, folder, tmp_path, "--knn") == 0  # only reads
         first.kill()
-    assert train(linprobe, *flags(linprobe, folder, tmp_path, "--epochs", 1)) == 0
+    assert fit(linprobe, folder, tmp_path, "--epochs", 1) == 0
     assert (tmp_path / "last.pt").exists() and not list(tmp_path.glob("*.tmp*"))
 
 
@@ -4162,7 +4162,7 @@ def test_runs_rates_leave_out_what_is_not_training(folder, mae, tmp_path, monkey
         now[0] = 0.0
         seen.clear()
         words = [*words, "--save-minutes", save_minutes]
-        assert train(script, *flags(script, folder, out, *words)) == 0
+        assert fit(script, folder, out, *words) == 0
         assert [line["img_s"] for line in log_of(out).values()] == pytest.approx([8] * 4)
 
 
