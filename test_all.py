@@ -3233,6 +3233,22 @@ def test_extras_train_by_import(folder, tmp_path, name, own):
     assert fit(finetune, folder, tmp_path / "ft", "--finetune", last, "--epochs", 1) == 0
 
 
+def test_extras_spectra_are_numpys(folder, mae, tmp_path, capsys):
+    """Stable rank and top share are those of numpy's singular values, and a dead unit is counted."""
+    spectra = runpy.run_path(HERE / "extras/spectra.py")
+    state = torch.load(folder / "mae.pt", weights_only=True)
+    state["modules"]["model.blocks.0.mlp.fc1.bias"][:128] = -100  # of 2 x 512 units
+    torch.save(state, tmp_path / "x.pt")
+    spectra["main"]([str(tmp_path / "x.pt"), "--data", str(folder / "val.beton")])
+    row = json.loads(capsys.readouterr().out)
+    expected = []
+    for block in mae.blocks:
+        values = np.linalg.svd(block.mlp.fc2.weight.detach().numpy(), compute_uv=False)
+        expected.append(((values ** 2).sum() / values[0] ** 2, values[0] / values.sum()))
+    assert row["encoder fc2"] == pytest.approx(np.mean(expected, axis=0), abs=0.01)
+    assert row["encoder dead"] == 128 / 1024 and row["decoder dead"] == 0
+
+
 def test_extras_measure_themselves(monkeypatch):
     """SimMIM's and the EMA teacher's FLOPs are those that torch counts."""
     simmim = runpy.run_path(HERE / "extras/simmim.py")["SimMIM"]
