@@ -151,6 +151,12 @@ def setup(seed, training):
     return rank, world_size, device, stop
 
 
+def seed_step(seed, step, rank):
+    """The random numbers of a step depend on these alone, so a resumed run draws the same."""
+    number = np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]
+    random_seed(int(number))  # Python's, numpy's and torch's
+
+
 def refuse_tasks_without_ranks():
     """Ends a Slurm task that is one of several and does not know its rank, and says what to run."""
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
@@ -464,8 +470,7 @@ def training_batches(args, loader, model, stages, mixup, first_step, num_steps):
         loader.set_stage(res=stage.res, scale=(stage.sigma_min ** 2, stage.sigma_max ** 2))
         with contextlib.closing(iter(loader)) as batches:
             for step in range(max(first_step, epoch_start), epoch_start + steps_per_epoch):
-                draws = np.random.SeedSequence([args.seed, step, loader.rank])
-                random_seed(int(draws.generate_state(1)[0]))  # Python's, numpy's and torch's
+                seed_step(args.seed, step, loader.rank)
                 for images, targets in itertools.islice(batches, accum):
                     if args.aug == "3aug":
                         images = three_augment(images)

@@ -7,9 +7,9 @@
     python linprobe.py --checkpoint runs/pretrain/last.pt --features FILE.npz  # those of --data
 
 --features writes arrays with a row for each picture: features (n, D) of centre crops in float16,
-labels (n,), -1 for none, samples (n,), the picture's number in the file, and, if the file has them,
-names (n,), its path in the source. Without --features the last line is the result, which
-results.jsonl keeps:
+labels (n,), -1 for none, samples (n,), the picture's number in the file, names (n,), its path in
+the source, if the file has names, and pool, what --pool says. Without --features the last line is
+the result, which results.jsonl keeps:
     done: linear probe on cls features, top-1 92.00 % of 200 pictures, 0:01:05
 """
 import argparse
@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.optim import Lars
+from timm.utils import random_seed
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -135,6 +136,12 @@ def setup(seed, training):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: flag.fill(1))
     return rank, world_size, device, stop
+
+
+def seed_step(seed, step, rank):
+    """The random numbers of a step depend on these alone, so a resumed run draws the same."""
+    number = np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]
+    random_seed(int(number))  # Python's, numpy's and torch's
 
 
 def refuse_tasks_without_ranks():
@@ -372,11 +379,12 @@ def store_features(encoder, loader, autocast, stop):
     return all_features, all_labels
 
 
-def write_features(path, encoder, loader, autocast):
-    """All features of a set, with what leads from a row back to its picture, in an .npz."""
+def write_features(path, encoder, pool, loader, autocast):
+    """Writes all features of a set, with what leads from a row back to its picture, as .npz."""
     features, labels = store_features(encoder, loader, autocast, None)
     samples = np.setdiff1d(loader.indices, loader.excluded)
-    arrays = dict(features=features.numpy(), labels=labels.numpy(), samples=samples)
+    arrays = dict(features=features.numpy(), labels=labels.numpy(), samples=samples,
+                  pool=np.array(pool))
     if loader.names:
         arrays["names"] = np.array([loader.names[i] for i in samples])
     else:
@@ -389,7 +397,7 @@ def write_features(path, encoder, loader, autocast):
             os.replace(tmp_path, path)
         finally:
             tmp_path.unlink(missing_ok=True)
-    print0(f"done: {len(features):,} features of {features.shape[1]} numbers in {path}")
+    print0(f"done: {len(features):,} {pool} features of {features.shape[1]} numbers in {path}")
 
 
 def stored_batches(features, labels, order, batch_size, device):
@@ -430,7 +438,10 @@ def training_batches(args, loader, encoder, stored, autocast, first_step, num_st
             loader.load_state_dict(loader.state_dict() | {"samples": done})
             batches = encoded(encoder, loader, autocast)
         with contextlib.closing(batches):
-            yield from itertools.islice(batches, (steps_per_epoch - steps_skipped) * accum)
+            epoch_start = epoch * steps_per_epoch
+            for step in range(epoch_start + steps_skipped, epoch_start + steps_per_epoch):
+                seed_step(args.seed, step, loader.rank)
+                yield from itertools.islice(batches, accum)
 
 
 def make_head(dim, classes):
@@ -523,7 +534,7 @@ def main(args):
                   world_size=world_size, device=device)
     if args.features:
         loader = open_loader(args.data, args.batch_size, train=False, **shared)
-        return write_features(args.features, encoder, loader, autocast)
+        return write_features(args.features, encoder, args.pool, loader, autocast)
     if trains:
         with open_loader(args.data, 1) as loader:  # to know how many pictures there are
             check_batches(loader.num_samples, args.total_batch, args.batch_size, world_size,

@@ -204,14 +204,15 @@ class MaskedAutoencoderViT(nn.Module):
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0,
-                 norm_pix_loss=True, target_dim=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 norm_pix_loss=True, target_dim=None, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                 predicts_pixels=None):
         super().__init__()
         # They are saved with the weights, whose shapes do not tell the head counts
         self.settings = dict(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
             num_heads=num_heads, decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth,
             decoder_num_heads=decoder_num_heads, mlp_ratio=mlp_ratio, norm_pix_loss=norm_pix_loss,
-            target_dim=target_dim, mean=list(mean), std=list(std))
+            target_dim=target_dim, mean=list(mean), std=list(std), predicts_pixels=predicts_pixels)
         self.patch_size = patch_size
         self.norm_pix_loss = norm_pix_loss
         self.recompute = False
@@ -221,11 +222,14 @@ class MaskedAutoencoderViT(nn.Module):
         self.register_buffer("progress", torch.zeros(()), persistent=False)
         set_normalization(self, mean, std)
         if target_dim is None:
-            blank = torch.zeros(1, 3, img_size, img_size)
-            target_dim = targets(self, blank, self.progress).shape[2]
-        num_pixels = patch_size ** 2 * 3
-        self.settings["target_dim"] = target_dim
-        self.predicts_pixels = TARGETS_ARE_PIXELS and target_dim == num_pixels
+            target_dim = self.target_dim_of(targets)
+        if target_dim == 1 and norm_pix_loss:
+            raise WeightsError("targets() gives one number for a patch, which cannot be "
+                               "normalised: add --no-norm-pix-loss (norm_pix_loss=False).")
+        if predicts_pixels is None:  # a checkpoint tells it
+            predicts_pixels = TARGETS_ARE_PIXELS and target_dim == patch_size ** 2 * 3
+        self.predicts_pixels = predicts_pixels
+        self.settings |= dict(target_dim=target_dim, predicts_pixels=predicts_pixels)
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
         def make_blocks(width, heads, depth):
@@ -248,6 +252,16 @@ class MaskedAutoencoderViT(nn.Module):
 
         init_weights(self)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def target_dim_of(self, targets):
+        """T, by what targets() gives for a blank picture. WeightsError if it is not (B, L, T)."""
+        size = self.settings["img_size"]
+        found = targets(self, torch.zeros(1, 3, size, size), self.progress).shape
+        L = (size // self.patch_size) ** 2
+        if len(found) != 3 or found[1] != L:
+            raise WeightsError(f"targets() gives {tuple(found)} for a picture of {L} patches: "
+                               f"expected (1, {L}, T), T numbers for each patch.")
+        return found[2]
 
     def patchify(self, imgs):
         """(B, 3, H, W) -> (B, L, P), each patch's pixels ordered (row, column, channel)."""
@@ -345,6 +359,10 @@ class MaskedAutoencoderViT(nn.Module):
             imgs = self.normalize(imgs)
         imgs = imgs.to(torch.promote_types(imgs.dtype, torch.float32))
         target = targets(self, imgs, self.progress).to(imgs.dtype)  # (B, L, T)
+        if target.shape[2] != self.settings["target_dim"]:
+            raise WeightsError(f"targets() gives {target.shape[2]} numbers for a patch, but this "
+                               f"model predicts {self.settings['target_dim']}: set targets in "
+                               "models_mae as it was when the model was trained.")
         if not self.norm_pix_loss:
             return target, 0.0, 1.0
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # (B, L, 1)
@@ -811,7 +829,8 @@ def load_into(model, weights, path, fresh=()):
         weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], [grid, grid])
         model.load_state_dict(weights)
     except RuntimeError as e:  # torch's words on several lines
-        raise WeightsError(f"{path} does not fit the model. {' '.join(str(e).split())}") from e
+        raise WeightsError(f"{path} does not fit the model. {' '.join(str(e).split())} If a class "
+                           "of your own made it, give it: load_mae(path, YourClass).") from e
 
 
 def init_from(model, name, path):
@@ -864,7 +883,10 @@ def load_mae(path, model_class=MaskedAutoencoderViT, **settings):
         if "decoder_num_heads" not in found:
             found["decoder_num_heads"] = decoder_heads(found, path)
     found["target_dim"] = len(weights["decoder_pred.bias"])
+    active_decoder_blocks = found.pop("active_decoder_blocks", None)
     model = model_class(**found)
+    if active_decoder_blocks is not None:  # the last stage did not use all
+        model.active_decoder_blocks = active_decoder_blocks
     load_into(model, weights, path)
     return model.eval()
 
@@ -872,9 +894,11 @@ def load_mae(path, model_class=MaskedAutoencoderViT, **settings):
 def export_timm(source, out, num_classes):
     """Writes the encoder as a file for timm.create_model -> its last line for the user."""
     weights, ckpt_settings, _ = read_weights(source)
-    # Without mask_token, for which timm would take it for DINOv2
-    left_out = ("mask_token", "decoder") if num_classes else ("mask_token", "decoder", "head.")
-    weights = {k: v for k, v in weights.items() if not k.startswith(left_out)}
+    # What timm's ViT has: with mask_token timm would take it for DINOv2
+    taken = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "fc_norm.")
+    if num_classes:
+        taken += ("head.",)
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith(taken)}
     if len(weights.get("head.weight", ())) != num_classes:  # timm loads strictly
         weights["head.weight"] = torch.zeros(num_classes, weights["cls_token"].shape[2])
         weights["head.bias"] = torch.zeros(num_classes)
@@ -903,7 +927,7 @@ def export_hf(source, out):
     found = model.settings
     weights = model.state_dict()
     tensors = {}
-    for name, parts in hf_names(found["depth"], found["decoder_depth"]).items():
+    for name, parts in hf_names(found["depth"], model.active_decoder_blocks).items():
         if name in weights:
             for part, tensor in zip(parts, weights[name].chunk(len(parts))):
                 tensors[part] = tensor.clone()
@@ -915,7 +939,7 @@ def export_hf(source, out):
               "num_attention_heads": found["num_heads"],
               "intermediate_size": len(weights["blocks.0.mlp.fc1.bias"]),
               "decoder_hidden_size": found["decoder_embed_dim"],
-              "decoder_num_hidden_layers": found["decoder_depth"],
+              "decoder_num_hidden_layers": model.active_decoder_blocks,
               "decoder_num_attention_heads": found["decoder_num_heads"],
               "decoder_intermediate_size": len(weights["decoder_blocks.0.mlp.fc1.bias"]),
               "mask_ratio": 0.75, "norm_pix_loss": found["norm_pix_loss"]}

@@ -28,22 +28,24 @@ import sys
 import textwrap
 import time
 import uuid
+import warnings
 import zlib
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.optim.muon import zeropower_via_newtonschulz
+from timm.utils import random_seed
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import models_mae
-import schedules
 from essl_loader import DataError, check_classes, labels_fault, open_loader
 from models_mae import WeightsError
 from schedules import (PRETRAIN, PRETRAIN_SCHEMES, Stage, check_batches, lr_at, stage_at,
@@ -58,6 +60,8 @@ NEWTON_SCHULZ = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, 
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]  # timm's default, "quintic"
 PROBE_LR = 1e-3  # constant
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
+LOG_NAMES = ("step", "epoch", "stage", "res", "mask_ratio", "lr", "skipped_steps", "img_s",
+             "data_wait", "tflops", "mfu", "mem", "probe_top1")
 # Flags that a resumed run may change; all others must be those of the run before
 FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "recompute", "resume",
         "num_workers", "save_minutes", "viz_every", "max_steps", "benchmark", "extend")
@@ -176,6 +180,12 @@ def setup(seed, training):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: flag.fill(1))
     return rank, world_size, device, stop
+
+
+def seed_step(seed, step, rank):
+    """The random numbers of a step depend on these alone, so a resumed run draws the same."""
+    number = np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]
+    random_seed(int(number))  # Python's, numpy's and torch's
 
 
 def refuse_tasks_without_ranks():
@@ -444,7 +454,15 @@ class ModelWithProbe(nn.Module):
 
 
 def total_loss(scalars):
-    """The loss that a step minimises."""
+    """The loss that a step minimises. WeightsError where forward() did not give scalars."""
+    for name, value in scalars.items():
+        if name in LOG_NAMES:
+            raise WeightsError(f"forward() gives {name!r}, which is a name of the log: give it "
+                               "another name.")
+        if not isinstance(value, torch.Tensor) or value.shape != ():
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise WeightsError(f"forward() gives {name!r} as {found}: expected a tensor of one "
+                               "number, such as loss.mean().")
     return scalars["loss"] + scalars.get("probe_loss", 0)
 
 
@@ -488,7 +506,9 @@ def probe_accuracy(module, loader, autocast):
 def save_reconstructions(model, loader, epoch, progress, board, steps_done):
     """Writes recon_*.png, three pictures a row. Of each: the original, what the encoder saw, the
     reconstruction, and what the prediction 0 would show, which takes no learning."""
-    images, _ = next(iter(loader))
+    images = next(iter(loader))[0]
+    if images.ndim == 5:  # several views: the first
+        images = images[0]
     images = images[:12]
     # The same seed each time: the same masks, if masking_noise does not change with progress
     noise = draw_noise((len(images),), model, images.shape[-1], 0, progress, loader.device)
@@ -584,6 +604,7 @@ def training_batches(args, loader, model, epochs, first_step, num_steps, meter):
         with contextlib.closing(iter(loader)) as batches:
             batches = meter.timed(batches)
             for step in range(max(first_step, epoch_start), epoch_start + steps_per_epoch):
+                seed_step(args.seed, step, loader.rank)
                 masks = draw_masks(step, num_steps, args, model, epoch.stage.res, loader)
                 for noise in masks:
                     images, labels = next(batches)
@@ -595,7 +616,12 @@ def draw_noise(shape, model, res, seed, progress, device):
     rng = torch.Generator(device).manual_seed(seed)
     L = (res // model.patch_size) ** 2
     model.progress.fill_(progress)  # for targets()
-    return models_mae.masking_noise((*shape, L), rng, device, progress=progress)
+    noise = models_mae.masking_noise((*shape, L), rng, device, progress=progress)
+    if noise.shape != (*shape, L) or not noise.is_floating_point():
+        raise WeightsError(f"masking_noise() gives {noise.dtype} of shape {tuple(noise.shape)}: "
+                           f"expected floats of the given shape, {(*shape, L)}, such as "
+                           "torch.rand(shape); the patches with the smallest stay visible.")
+    return noise
 
 
 def draw_masks(step, num_steps, args, model, res, loader):
@@ -621,7 +647,7 @@ def make_optimizer(module, args):
     matrices = []
     if args.optimizer == "muon":
         blocks = [*module.model.blocks.parameters(), *module.model.decoder_blocks.parameters()]
-        matrices = [p for p in blocks if p.ndim == 2]
+        matrices = [p for p in blocks if p.ndim == 2 and p.requires_grad]
     taken = {*probe, *matrices}
     others = [p for p in module.parameters() if p.requires_grad and p not in taken]
     no_decay = [p for p in others if p.ndim <= 1]
@@ -649,7 +675,8 @@ def set_lr(optimizer, step, num_steps, args):
 
 
 def check_groups(module, optimizer):
-    """Ends the run where a parameter gets a gradient and is in no group: it would not change."""
+    """Ends the run where a parameter gets a gradient and would not change, or changes and would not
+    be saved; warns of parameters that get no gradient."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lost = [name for name, p in module.named_parameters()
             if p.grad is not None and id(p) not in trained]
@@ -657,6 +684,27 @@ def check_groups(module, optimizer):
         raise WeightsError(
             f"{', '.join(lost)}: not trained, for the optimizer was made before they took "
             "gradients. Make them, and set requires_grad, in the module's __init__.")
+    forgotten = [name for name, p in module.named_parameters()
+                 if id(p) in trained and name.startswith(module.not_saved())]
+    if forgotten:
+        raise WeightsError(
+            f"{', '.join(forgotten)}: trained, but not saved (persistent = False): a resumed run "
+            "would lose them. Freeze them, or save them.")
+    resting = tuple(f"model.decoder_blocks.{i}." for i in range(
+        module.model.active_decoder_blocks, len(module.model.decoder_blocks)))
+    unused = [name for name, p in module.named_parameters()
+              if id(p) in trained and p.grad is None and not name.startswith(resting)]
+    if unused:
+        warnings.warn(f"no gradient reaches {', '.join(unused)}: they are not trained.")
+
+
+def count_updates(optimizer):
+    """Steps that were not skipped, by AdamW's own count."""
+    counts = []
+    for group in optimizer.param_groups:
+        if group["name"] != "matrices":
+            counts += [optimizer.state[p]["step"] for p in group["params"] if p in optimizer.state]
+    return int(torch.stack(counts).max()) if counts else 0
 
 
 @functools.cache
@@ -794,7 +842,8 @@ class Meter:
         fails = all_skipped or not math.isfinite(means["loss"])
         if fails and self.steps > self.log_every / 2:  # one skipped step may be chance
             raise DataError("The loss or the gradients are not finite. Lower --blr, and start over "
-                            "with --resume none.")
+                            "with --resume none. If you changed targets() or the loss, look for "
+                            "NaN there.")
         self.skipped_before = skipped_steps
         return dict(epoch=epoch.index + 1, stage=epoch.stage_index + 1, res=epoch.stage.res,
                     mask_ratio=epoch.stage.mask_ratio, **means, lr=lr,
@@ -882,11 +931,20 @@ def source_of(function):
 
 
 def scripts():
-    """The files that make a run: these three, and one that imports them."""
-    files = [__file__, models_mae.__file__, schedules.__file__]
-    files.append(getattr(sys.modules["__main__"], "__file__", __file__))
-    paths = dict.fromkeys(Path(file).resolve() for file in files)  # each once
-    return [path for path in paths if path.is_file()]  # notebooks and `python -` have none
+    """The files that make a run: this one, those that it imports, and one that imports it.
+
+    They are the modules whose files lie in the folder of this file or of the program.
+    """
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program is None:  # a notebook, or `python -`
+        program = __file__
+    folders = {Path(__file__).resolve().parent, Path(program).resolve().parent}
+    paths = {Path(program).resolve()}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).suffix == ".py" and Path(file).resolve().parent in folders:
+            paths.add(Path(file).resolve())
+    return sorted(path for path in paths if path.is_file())
 
 
 def keep_scripts(folder, step):
@@ -920,6 +978,7 @@ def say_what_changed(state, settings, sources):
 def save_run(folder, epoch, milestone, parts, **values):
     """Writes last.pt, and for a milestone stageN.pt too."""
     state = dict(epoch=epoch.index + 1, **values)
+    state["model"] = state["model"] | {"active_decoder_blocks": epoch.stage.decoder_depth}
     state |= {name: part.state_dict() for name, part in parts.items()}
     if milestone:
         save_checkpoint(folder / f"stage{epoch.stage_index + 1}.pt", **state)
@@ -1005,10 +1064,10 @@ def main(args):
     if state:
         first_step = state["step"]
         first_loss = state["first_loss"]
-        skipped_before = first_step - int(optimizer.state[model.cls_token]["step"])
         say_what_changed(state, settings, sources)
         for group, name in zip(optimizer.param_groups, group_names):
             group["name"] = name  # which older checkpoints do not hold
+        skipped_before = first_step - count_updates(optimizer)
     if first_step > num_steps:
         raise WeightsError(
             f"{last} has done {first_step} steps, but --epochs {args.epochs} are {num_steps}: give "
@@ -1068,9 +1127,7 @@ def main(args):
         stopping = on_any_rank(stop) or steps_done == args.max_steps
 
         if epoch_ends or stopping or steps_done % log_every == 0:
-            # AdamW counts the steps that were not skipped
-            skipped_steps = steps_done - int(optimizer.state[model.cls_token]["step"])
-            row = meter.row(epoch, lr, skipped_steps)
+            row = meter.row(epoch, lr, skipped_steps=steps_done - count_updates(optimizer))
             scaler.update(1.0)  # each skipped step has halved the scale
             probe_is_due = (epoch.index + 1) % probe_every == 0 or steps_done == num_steps
             if val and epoch_ends and probe_is_due:

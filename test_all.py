@@ -2510,6 +2510,27 @@ def test_models_hugging_face_computes_the_same(exported, tmp_path, monkeypatch):
     check_same_model(load_mae(tmp_path / "back"), model)
 
 
+def test_models_checkpoints_tell_the_decoder_blocks_in_use(folder, tmp_path, monkeypatch):
+    """A run whose last stage uses one of two decoder blocks: load_mae and Hugging Face's folder do
+    too, and timm's file has nothing that a user added to the model."""
+    s5 = list(schedules.PRETRAIN_SCHEMES["s5"])
+    monkeypatch.setitem(schedules.PRETRAIN_SCHEMES, "s5",
+                        s5[:2] + [s5[2]._replace(decoder_depth=1)])
+    assert fit(pretrain, folder, tmp_path, "--epochs", 2) == 0
+    mae = load_mae(tmp_path / "last.pt")
+    assert mae.active_decoder_blocks == 1 and len(mae.decoder_blocks) == 2
+    models_mae.export_hf(tmp_path / "last.pt", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["decoder_num_hidden_layers"] == 1
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["modules"]["model.extra.weight"] = torch.zeros(2)
+    torch.save(state, tmp_path / "x.pt")
+    models_mae.export_timm(tmp_path / "x.pt", tmp_path / "timm.pt", 0)
+    assert "extra.weight" not in torch.load(tmp_path / "timm.pt", weights_only=True)
+    with pytest.raises(WeightsError, match="extra.weight.*YourClass"):
+        load_mae(tmp_path / "x.pt")
+
+
 def test_models_exports_overwrite_nothing(exported, tmp_path):
     """A folder that is there, and the checkpoint itself, are refused by name."""
     for words in (["--export-hf", tmp_path / "mae.pt", exported[1]],
@@ -2916,6 +2937,84 @@ def test_pretrain_trains_what_a_user_adds(folder, tmp_path, monkeypatch, capsys,
     check_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
+class WithRandomness(pretrain.ModelWithProbe):
+    """A user's own: a loss that draws random numbers."""
+
+    def forward(self, images, labels, mask_ratio, noise):
+        scalars = super().forward(images, labels, mask_ratio, noise)
+        return scalars | {"loss": scalars["loss"] * (1 + 0.1 * torch.rand(()))}
+
+
+def test_pretrain_random_numbers_in_the_loss_resume(folder, tmp_path, monkeypatch):
+    """Numbers that a loss draws without a generator, as dropout does, are the same after a kill."""
+    monkeypatch.setattr(pretrain, "ModelWithProbe", WithRandomness)
+    assert fit(pretrain, folder, tmp_path / "whole") == 0
+    train_to_signal(5, pretrain, *flags(pretrain, folder, tmp_path / "cut"))
+    assert fit(pretrain, folder, tmp_path / "cut") == 0
+    check_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("scalars, message", [
+    ({"lr": torch.tensor(1.0)}, "'lr', which is a name of the log"),
+    ({"weight": 0.5}, "'weight' as float: expected a tensor"),
+    ({"each": torch.zeros(3)}, r"'each' as \(3,\)")])
+def test_pretrain_refuses_what_is_no_scalar(folder, tmp_path, monkeypatch, scalars, message):
+    """What forward() must not return is named at the first step."""
+    class Wrong(pretrain.ModelWithProbe):
+        def forward(self, *args):
+            return super().forward(*args) | scalars
+    monkeypatch.setattr(pretrain, "ModelWithProbe", Wrong)
+    with pytest.raises(WeightsError, match=message):
+        fit(pretrain, folder, tmp_path)
+
+
+@pytest.mark.parametrize("name, function, message", [
+    ("masking_noise", lambda shape, *args, **kwargs: torch.rand(shape) < 0.5, "torch.bool"),
+    ("masking_noise", lambda shape, *args, **kwargs: torch.rand(shape[-1]), "expected floats"),
+    ("targets", lambda model, imgs, _: imgs.flatten(1), "for a picture of 16 patches"),
+    ("targets", lambda model, imgs, _: model.patchify(imgs).mean(2, keepdim=True),
+     "--no-norm-pix-loss")])
+def test_pretrain_refuses_masks_and_targets_of_another_shape(folder, tmp_path, monkeypatch, name,
+                                                             function, message):
+    """What was found and what is expected is said before a step."""
+    monkeypatch.setattr(models_mae, name, function)
+    with pytest.raises(WeightsError, match=message):
+        fit(pretrain, folder, tmp_path)
+
+
+def test_pretrain_frozen_weights_stay(folder, tmp_path, monkeypatch):
+    """A frozen encoder trains the decoder, with Muon too; what gets no gradient is warned of; what
+    is trained must be saved."""
+    def freeze(model, *args):
+        for part in (model.cls_token, model.blocks, model.norm, model.patch_embed):
+            part.requires_grad_(False)
+        module = pretrain_module(model, *args)
+        module.unused = torch.nn.Linear(2, 2)
+        return module
+
+    pretrain_module = pretrain.ModelWithProbe
+    monkeypatch.setattr(pretrain, "ModelWithProbe", freeze)
+    for optimizer in ("adamw", "muon"):
+        out = tmp_path / optimizer
+        with pytest.warns(UserWarning, match="no gradient reaches unused.weight, unused.bias"):
+            assert fit(pretrain, folder, out, "--optimizer", optimizer, "--epochs", 1) == 0
+        assert log_of(out)[4]["skipped_steps"] == 0
+        weights = torch.load(out / "last.pt", weights_only=True)["modules"]
+        torch.manual_seed(0)
+        before = models_mae.mae_vit_nano_patch8(img_size=32).state_dict()
+        for part, changes in (("blocks.0.mlp.fc1.weight", False), ("decoder_pred.weight", True)):
+            assert torch.equal(weights["model." + part], before[part]) != changes
+
+    def forget(*args):
+        module = pretrain_module(*args)
+        module.head.persistent = False
+        return module
+
+    monkeypatch.setattr(pretrain, "ModelWithProbe", forget)
+    with pytest.raises(WeightsError, match="head.1.weight.*not saved"):
+        fit(pretrain, folder, tmp_path / "x")
+
+
 def test_pretrain_checkpoint_without_an_added_module_is_named(folder, tmp_path, monkeypatch):
     """Only what is not persistent may be missing from a checkpoint."""
     assert fit(pretrain, folder, tmp_path, "--max-steps", 1) == 0
@@ -3208,8 +3307,9 @@ def test_models_another_class_is_refused_by_name(mae, tmp_path):
         load_mae(tmp_path / "x.pt", Other)
 
 
-@pytest.mark.parametrize("name, own", [("simmim", "SimMIM"),
-                                       ("mae_ema_teacher", "MAEWithTeacher")])
+@pytest.mark.parametrize("name, own", [
+    ("simmim", "SimMIM"), ("mae_ema_teacher", "MAEWithTeacher"),
+    ("two_views", "MaskedAutoencoderViT")])
 def test_extras_train_by_import(folder, tmp_path, name, own):
     """Each trains, stops and goes on with the unbroken bits; its script is in the run's folder; its
     class alone loads it, finetuning takes its encoder; its FLOPs are torch's count."""
@@ -3224,17 +3324,21 @@ def test_extras_train_by_import(folder, tmp_path, name, own):
     log = log_of(tmp_path / "whole")
     assert log[12]["loss"] < log[4]["loss"]
     assert (tmp_path / "cut/scripts/from_step_0" / path.name).read_bytes() == path.read_bytes()
-    assert len(list((tmp_path / "whole").glob("*.png"))) == (2 if name == "simmim" else 0)
+    has_pictures = name != "mae_ema_teacher"
+    assert len(list((tmp_path / "whole").glob("*.png"))) == (2 if has_pictures else 0)
     last = tmp_path / "whole/last.pt"
-    with pytest.raises(WeightsError, match=f"class {own}"):
-        load_mae(last)
-    model = load_mae(last, runpy.run_path(path)[own])
+    model_class = runpy.run_path(path).get(own, models_mae.MaskedAutoencoderViT)
+    if model_class is not models_mae.MaskedAutoencoderViT:
+        with pytest.raises(WeightsError, match=f"class {own}"):
+            load_mae(last)
+    model = load_mae(last, model_class)
+    assert model.predicts_pixels == has_pictures  # as the checkpoint tells
     assert model.features(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
     assert fit(finetune, folder, tmp_path / "ft", "--finetune", last, "--epochs", 1) == 0
 
 
 def test_extras_spectra_are_numpys(folder, mae, tmp_path, capsys):
-    """Stable rank and top share are those of numpy's singular values, and a dead unit is counted."""
+    """Stable rank and top share are those of numpy's singular values; dead units are counted."""
     spectra = runpy.run_path(HERE / "extras/spectra.py")
     state = torch.load(folder / "mae.pt", weights_only=True)
     state["modules"]["model.blocks.0.mlp.fc1.bias"][:128] = -100  # of 2 x 512 units
