@@ -34,7 +34,6 @@ import fcntl
 import functools
 import glob
 import io
-import itertools
 import json
 import math
 import os
@@ -183,6 +182,18 @@ def check_args(p, args):
 
 
 # --- sources: which files hold the pictures
+@contextlib.contextmanager
+def name_in_errors(path):
+    """Puts the name of the archive that a block reads before the block's errors."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}.") from None
+    except Exception as error:  # pyarrow raises anything on a damaged file
+        raise DataError(f"{path}: {error}. The file may be incomplete or compressed: copy it "
+                        "again, or unpack it.") from error
+
+
 def is_beton(source):
     return source.suffix == ".beton" and source.is_file()
 
@@ -191,8 +202,12 @@ def root_of(source):
     """Where the names of pictures begin: at SOURCE, or at the last folder before a wildcard."""
     if source.exists():
         return source
-    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), source.parts)
-    return Path(*fixed)
+    folder = Path()
+    for part in source.parts:
+        if glob.has_magic(part):
+            break
+        folder /= part
+    return folder
 
 
 def list_source(source, not_taken):
@@ -233,7 +248,7 @@ def keep_tables_of_pictures(folder, tables, tars, columns, not_taken):
         image_column = None
         belongs_to_tar = os.path.splitext(name)[0] + ".tar" in tars
         if not belongs_to_tar:
-            with errors_name(folder / name):
+            with name_in_errors(folder / name):
                 schema = parquet.read_schema(folder / name)
                 image_column, _ = choose_columns(schema, columns)
         if image_column is None:
@@ -251,10 +266,9 @@ def check_one_kind(source, folder, loose, tars, tables, not_taken):
             kinds.append(f"{len(names):,} {kind} ({min(names)})")
     if len(kinds) > 1:
         archive = (tars + tables)[0]
-        raise DataError(f"{source} holds {' and '.join(kinds)}, but a set has only one of these "
-                        "kinds. Move out of it what does not belong to the set. Or, if you want "
-                        "only the archives, give a pattern, in quotes: --data-dir "
-                        f'"{folder}/*{ending_of(archive)}".')
+        raise DataError(f"{source} holds {' and '.join(kinds)}, but a build takes only one of "
+                        "these kinds. Move the other ones away. Or, if you want only the archives, "
+                        f'give a pattern, in quotes: --data-dir "{folder}/*{ending_of(archive)}".')
     if not kinds:
         raise DataError(f"{source} holds no picture ({' '.join(COMMON_ENDINGS)} ...), no .tar and "
                         f"no .parquet with a column of bytes. Not taken: {not_taken}. Give the "
@@ -262,8 +276,8 @@ def check_one_kind(source, folder, loose, tars, tables, not_taken):
 
 
 def check_one_set(folder, archives):
-    """Raises DataError if the names of archives say train, val and test, or two of them."""
-    archives_of = {}  # "train", "val" or "test": (archive, the word in its name)
+    """Raises DataError if archives are of several sets, by the words train, val, test in names."""
+    archives_of = {}  # {"train", "val" or "test": [(archive, the word in its name)]}
     for name in archives:
         words = [word for word in re.findall("[a-z]+", name.lower()) if word in SETS]
         if words:
@@ -272,9 +286,9 @@ def check_one_set(folder, archives):
         return
     counts = []
     commands = []
-    for kind, named in archives_of.items():
+    for set_name, named in archives_of.items():
         first_archive, word = named[0]
-        counts.append(f"{len(named):,} of {kind} ({first_archive})")
+        counts.append(f"{len(named):,} of {set_name} ({first_archive})")
         patterns = {re.sub("[0-9]+", "*", name) for name, _ in named}
         pattern = patterns.pop()
         if patterns:  # one pattern of numbers does not fit all
@@ -282,18 +296,6 @@ def check_one_set(folder, archives):
         commands.append(f'--data-dir "{folder}/{pattern}"')
     raise DataError(f"{folder} holds archives of several sets: {' and '.join(counts)}. Build one "
                     f"set at a time: {' or '.join(commands)}.")
-
-
-@contextlib.contextmanager
-def errors_name(path):
-    """Makes the errors of a block name the archive `path`, which it reads."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{path}: {error}.") from None
-    except Exception as error:  # pyarrow raises anything on a damaged file
-        raise DataError(f"{path}: {error}. The file may be incomplete or compressed: copy it "
-                        "again, or unpack it.") from error
 
 
 # --- pictures: one class for each place where a picture can lie
@@ -395,7 +397,7 @@ def known_endings():
     return picture_endings()
 
 
-def is_picture(name):
+def has_picture_ending(name):
     """Whether a file's name has the ending of a picture."""
     return ending_of(name) in known_endings()
 
@@ -423,7 +425,10 @@ def find_in_tar(file, path, with_labels, not_taken, start=0, folder=""):
 
 
 class TarContent:
-    """What one tar holds: pictures, links to pictures and labels, filled member by member."""
+    """What one tar holds: pictures, links to pictures and labels. add() fills it.
+
+    The arguments are those of find_in_tar.
+    """
 
     def __init__(self, file, path, with_labels, not_taken, start, folder):
         self.file = file
@@ -453,24 +458,24 @@ class TarContent:
         """Takes a member, or counts it in not_taken."""
         name = self.name_of(self.folder + member.name)
         ending = ending_of(name)
-        has_picture_ending = is_picture(name)
+        is_picture = has_picture_ending(name)
         is_link = member.islnk() or member.issym()
         hidden = hidden_part(name)
         if member.isdir():
             if not hidden:
                 self.not_taken.folders.add(name)
         elif hidden == name:
-            self.not_taken.add(HIDDEN_FILE, name, pictures=int(has_picture_ending))
+            self.not_taken.add(HIDDEN_FILE, name, pictures=int(is_picture))
         elif hidden:
-            self.not_taken.add(IN_HIDDEN_FOLDER, hidden, pictures=int(has_picture_ending))
-        elif has_picture_ending and is_link:
+            self.not_taken.add(IN_HIDDEN_FOLDER, hidden, pictures=int(is_picture))
+        elif is_picture and is_link:
             self.links[name] = self.target_of(member)
-        elif has_picture_ending and member.issparse():
+        elif is_picture and member.issparse():
             self.pictures.append(
-                MissingPicture(str(self.path), name, None, "is stored as a sparse file"))
+                MissingPicture(str(self.path), name, None, "it is stored as a sparse file"))
         elif not member.isreg():
-            self.not_taken.add(SPECIAL_FILE, name, pictures=int(has_picture_ending))
-        elif has_picture_ending:
+            self.not_taken.add(SPECIAL_FILE, name, pictures=int(is_picture))
+        elif is_picture:
             self.add_picture(name, member.offset_data, member.size)
         elif ending == ".tar":
             self.pictures += find_in_tar(self.tar.extractfile(member), self.path, self.with_labels,
@@ -487,7 +492,7 @@ class TarContent:
         """Takes a label, or counts a file that is none."""
         label = None
         may_be_label = ending in self.labels.by_stem and member.size < LARGEST_LABEL
-        if self.with_labels and may_be_label:
+        if may_be_label and self.with_labels:
             self.file.seek(member.offset_data)
             label = read_member_label(name, ending, self.file.read(member.size))
         if label is None:
@@ -823,7 +828,7 @@ def list_tables(folder, tables, columns, with_labels):
     """A Listing of parquet files: the pictures stay in the order of the rows."""
     pictures = []
     for name in tables:
-        with errors_name(folder / name):
+        with name_in_errors(folder / name):
             pictures += find_in_parquet(folder / name, columns, with_labels)
     check_one_set(folder, tables)
     image_column, label_column = choose_columns(parquet.read_schema(folder / tables[0]), columns)
@@ -842,7 +847,7 @@ def list_tars(folder, tars, with_labels, not_taken):
     """
     pictures = []
     for name in tars:
-        with errors_name(folder / name), open(folder / name, "rb") as file:
+        with name_in_errors(folder / name), open(folder / name, "rb") as file:
             pictures += find_in_tar(file, folder / name, with_labels, not_taken)
     if not pictures:
         return Listing([], "", None)
@@ -961,7 +966,7 @@ def read_text(path):
 def stem_of(name):
     """By what a picture and its line in a file of labels are matched: the path without ending."""
     name = one_name(name.strip().replace("\\", "/").removeprefix("./"))
-    if is_picture(name):
+    if has_picture_ending(name):
         return os.path.splitext(name)[0]
     return name
 
@@ -1027,14 +1032,14 @@ def split_at_spaces(line):
     for gap in re.finditer(r"[\s,;]+", line):  # the name may hold spaces: it ends in .jpg
         name = line[:gap.start()]
         label = line[gap.end():]
-        is_label = len(label.split()) == 1 or first_of_boxes(label) is not None
-        if is_picture(name) and is_label:
+        is_word = len(label.split()) == 1
+        if has_picture_ending(name) and (is_word or first_of_boxes(label) is not None):
             return [name, label]
     words = re.split(r"[,;\s]+", line, maxsplit=1)
     if len(words) == 2:
         label = words[1]
-        is_label = re.fullmatch(r"[^,;\s]+", label) or first_of_boxes(label) is not None
-        if is_label:
+        is_word = re.fullmatch(r"[^,;\s]+", label) is not None
+        if is_word or first_of_boxes(label) is not None:
             return words
     return [line]
 
@@ -1127,9 +1132,8 @@ def choose_columns_by_name(path, header, rows, names_picture):
         file_column = others[0]
     elif label_column is None and len(others) == 1:
         label_column = others[0]
-    is_one_hot = file_column is not None and label_column is None and others and all(
-        cells[column] in ("0", "1", "0.0", "1.0") for _, cells in rows for column in others)
-    if is_one_hot:
+    only_labels_missing = file_column is not None and label_column is None and len(others) > 0
+    if only_labels_missing and are_marks(rows, others):
         class_columns = {column: header[column] for column in others}
         words = f"column {header[file_column]}, one-hot classes"
         return LabelTable(rows, file_column, None, class_columns, words)
@@ -1138,6 +1142,14 @@ def choose_columns_by_name(path, header, rows, names_picture):
                         "the class? Call them file and label.")
     words = f"columns {header[file_column]} and {header[label_column]}"
     return LabelTable(rows, file_column, label_column, {}, words)
+
+
+def are_marks(rows, columns):
+    """Whether columns hold only 0 and 1: one-hot classes."""
+    for _, cells in rows:
+        if not all(cells[column] in ("0", "1", "0.0", "1.0") for column in columns):
+            return False
+    return True
 
 
 def choose_file_column(column_of, rows, names_picture):
@@ -1380,8 +1392,9 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         for picture in pictures:
             picture.label = -1
         result = "without labels" if unlabelled else "without labels: none were found"
-    found = f"found: {kind}: {len(pictures):,} pictures {result}"
-    print_text("; ".join([found] + [remark for remark in remarks if remark]))
+    first_line = [f"found: {kind}: {len(pictures):,} pictures {result}"]
+    first_line += [remark for remark in remarks if remark]
+    print_text("; ".join(first_line))
     print_text(f"not taken: {not_taken}")
     return pictures, classes
 
@@ -1416,13 +1429,13 @@ def draw_picture(split, index):
     w, h = (2 * rng.integers(96, 161, 2)).tolist()  # it is halved at the end, for smooth edges
     shade = Image.linear_gradient("L").rotate(rng.uniform(0, 360)).crop((40, 40, 216, 216))
     dark, light = rng.integers((30, 140), (100, 220), (3, 2)).T.tolist()
-    picture = ImageOps.colorize(shade.resize((w, h)), dark, light)
+    image = ImageOps.colorize(shade.resize((w, h)), dark, light)
     radius = min(w, h) * rng.uniform(0.32, 0.45)
     x, y = (np.array([w, h]) / 2 + radius * rng.uniform(-0.1, 0.1, 2)).tolist()
     fill = tuple((COLOURS[colour] + rng.integers(-25, 26, 3)).tolist())
     rotation = rng.uniform(-15, 15)
-    ImageDraw.Draw(picture).regular_polygon((x, y, radius), SIDES[shape], rotation, fill)
-    return picture.reduce(2)
+    ImageDraw.Draw(image).regular_polygon((x, y, radius), SIDES[shape], rotation, fill)
+    return image.reduce(2)
 
 
 def index_sample(jpeg, width, height, how):
@@ -1460,8 +1473,8 @@ def copy_sample(path, i):
     return sample
 
 
-def make_baseline(progressive, picture):
-    """The bytes of a progressive JPEG, opened as `picture`, as a baseline JPEG of the same pixels.
+def make_baseline(progressive, image):
+    """The bytes of a progressive JPEG, opened as `image`, as a baseline JPEG of the same pixels.
 
     None if libjpeg-turbo finds a fault in it.
     """
@@ -1479,68 +1492,68 @@ def make_baseline(progressive, picture):
     jpeg = ctypes.string_at(buffer, size.value)
     lib.tj3Free(buffer)
     lib.tj3Destroy(handle)
-    # Where scans are missing, decoders smooth the progressive picture but not the baseline one
-    if failed or Image.open(io.BytesIO(jpeg)).tobytes() != picture.tobytes():
+    # Where scans are missing, decoders smooth the progressive image but not the baseline one
+    if failed or Image.open(io.BytesIO(jpeg)).tobytes() != image.tobytes():
         return None
     return jpeg
 
 
-def keep_jpeg(data, picture, longest):
-    """A Sample of the JPEG `data`, opened as `picture`, byte for byte.
+def keep_jpeg(data, image, longest):
+    """A Sample of the JPEG `data`, opened as `image`, byte for byte.
 
     A progressive JPEG becomes a baseline one with the same coefficients. None if the JPEG is too
     large, turned by EXIF, CMYK, or faulty.
     """
-    if max(picture.size) > longest or picture.mode not in ("L", "RGB"):
+    if max(image.size) > longest or image.mode not in ("L", "RGB"):
         return None
     with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
-        is_turned = picture.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+        is_turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
         if is_turned:
             return None
     how = "kept"
-    if "progressive" in picture.info:
+    if "progressive" in image.info:
         how = "made baseline"
-        data = make_baseline(data, picture)
+        data = make_baseline(data, image)
         if data is None:
             return None
-    return index_sample(data, *picture.size, how)
+    return index_sample(data, *image.size, how)
 
 
-def compress(picture, quality, chroma):
-    """An RGB picture as the bytes of a baseline JPEG with optimised Huffman tables."""
+def compress(image, quality, chroma):
+    """An RGB image as the bytes of a baseline JPEG with optimised Huffman tables."""
     buffer = io.BytesIO()
-    picture.info.clear()  # save() would copy the comment of the file that was read
+    image.info.clear()  # save() would copy the comment of the file that was read
     # Pillow cannot go on when its buffer is full: noise at quality 100 takes 4 bytes a pixel
-    ImageFile.MAXBLOCK = 65536 + 4 * picture.width * picture.height
-    picture.save(buffer, "JPEG", quality=quality, subsampling=":".join(chroma), optimize=True)
+    ImageFile.MAXBLOCK = 65536 + 4 * image.width * image.height
+    image.save(buffer, "JPEG", quality=quality, subsampling=":".join(chroma), optimize=True)
     return buffer.getvalue()
 
 
-def encode_picture(settings, picture):
-    """A Sample of a picture that Pillow holds as RGB."""
+def encode_image(settings, image):
+    """A Sample of a Pillow image in RGB."""
     longest = settings["max_resolution"]
-    if max(picture.size) > longest:
-        size = [max(1, round(side * longest / max(picture.size))) for side in picture.size]
-        picture = picture.resize(size, RESAMPLING[settings["codec"]])
-    jpeg = compress(picture, settings["quality"], settings["chroma"])
-    return index_sample(jpeg, *picture.size, "re-encoded")
+    if max(image.size) > longest:
+        size = [max(1, round(side * longest / max(image.size))) for side in image.size]
+        image = image.resize(size, RESAMPLING[settings["codec"]])
+    jpeg = compress(image, settings["quality"], settings["chroma"])
+    return index_sample(jpeg, *image.size, "re-encoded")
 
 
 def encode_file(settings, data):
     """A Sample of a picture file's bytes."""
-    picture = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data))
     is_jpeg = data.startswith(b"\xff\xd8")
     if settings["lossless"] and is_jpeg:
-        sample = keep_jpeg(data, picture, settings["max_resolution"])
+        sample = keep_jpeg(data, image, settings["max_resolution"])
         if sample is not None:
             return sample
-    picture.load()
+    image.load()
     with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
-        ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
-        raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
+        raise ValueError(f"it has more than 8 bits a pixel (mode {image.mode}). Convert it to 8")
     # As ImageFolder does, convert() drops alpha and all frames but the first
-    return encode_picture(settings, picture.convert("RGB"))
+    return encode_image(settings, image.convert("RGB"))
 
 
 def encode_sample(settings, picture):
@@ -1549,7 +1562,7 @@ def encode_sample(settings, picture):
         if isinstance(picture, SamplePicture):
             return copy_sample(picture.path, picture.index)
         if isinstance(picture, DrawnPicture):
-            return encode_picture(settings, draw_picture(picture.split, picture.index))
+            return encode_image(settings, draw_picture(picture.split, picture.index))
         return encode_file(settings, picture.read())
     except Exception as error:  # Pillow raises anything on a damaged file
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -1622,9 +1635,10 @@ def remove_leftovers(path):
 
 @contextlib.contextmanager
 def write_aside(path):
-    """Opens a file that gets the name `path` when it is complete and on the disk, or else leaves.
+    """Opens a file that takes the name `path` once it is complete and on the disk.
 
-    A process that is killed leaves it under a hidden name. The next build removes it.
+    After an error it is removed. A process that is killed leaves it under a hidden name, and the
+    next build removes it.
     """
     remove_leftovers(path)
     tmp_path = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -1760,7 +1774,7 @@ def write_beton(out, pictures, classes, settings, args, not_taken):
 
 # --- account
 def print_empty_classes(classes, pictures):
-    """Names the classes that no picture is left of."""
+    """Names the classes of which no picture is left."""
     used = {picture.label for picture in pictures}
     empty = [name for number, name in enumerate(classes) if number not in used]
     if empty:
