@@ -694,8 +694,8 @@ def choose_image_column(schema):
         return columns[0] if columns else None
     column = first_known(IMAGE_NAMES, columns)
     if column is None:
-        raise DataError(f"which of its columns {', '.join(columns)} holds the pictures? Add "
-                        "--columns IMAGE LABEL")
+        raise DataError(f"it is not clear which of its columns {', '.join(columns)} holds the "
+                        "pictures. Add --columns IMAGE LABEL")
     return column
 
 
@@ -714,8 +714,8 @@ def choose_label_column(schema, image):
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
             columns.append(name)
     if len(columns) > 1:
-        raise DataError(f"which of its columns {', '.join(columns)} holds the labels? Add "
-                        "--columns IMAGE LABEL")
+        raise DataError(f"it is not clear which of its columns {', '.join(columns)} holds the "
+                        "labels. Add --columns IMAGE LABEL")
     return columns[0] if columns else None
 
 
@@ -783,8 +783,8 @@ def find_in_beton(path, classes):
 class Listing(NamedTuple):
     """The pictures of SOURCE, with the labels that it gives itself.
 
-    kind: what SOURCE is, in words. class_root: the path at which class folders begin, "" for all
-    of a picture's path, or None if folders mean nothing here.
+    kind: what SOURCE is, in words. class_root: the folders above the class folders, with which all
+    names begin, such as "ILSVRC/train/", or ""; None if folders are no classes in such a source.
     """
 
     pictures: list
@@ -821,7 +821,8 @@ def find_pictures(source, columns, with_labels, not_taken, known_classes=None):
 
 def count_files(names, one):
     """How many files of a kind there are, in words."""
-    return f"{len(names):,} {one}" if len(names) == 1 else f"{len(names):,} {one}s"
+    ending = "" if len(names) == 1 else "s"
+    return f"{len(names):,} {one}{ending}"
 
 
 def list_tables(folder, tables, columns, with_labels):
@@ -1116,8 +1117,9 @@ def choose_columns_by_place(path, rows, names_picture):
 def choose_columns_by_name(path, header, rows, names_picture):
     """A LabelTable with a header.
 
-    Its columns of file names and labels have names that are known. If only one of them has, the
-    other one is the only column that is left. Columns of 0 and 1 that are left are classes.
+    The names of the columns say which one holds file names, and which one labels. If one of the two
+    has no known name, it is the only column that is left. If several are left and hold 0 and 1
+    alone, each of them is a class.
     """
     column_of = {}  # the first column of each name
     for column, cell in enumerate(header):
@@ -1138,8 +1140,8 @@ def choose_columns_by_name(path, header, rows, names_picture):
         words = f"column {header[file_column]}, one-hot classes"
         return LabelTable(rows, file_column, None, class_columns, words)
     if file_column is None or label_column is None:
-        raise DataError(f"{path}: which of its columns {', '.join(header)} are the file name and "
-                        "the class? Call them file and label.")
+        raise DataError(f"{path}: it is not clear which of its columns {', '.join(header)} are the "
+                        "file name and the class. Call them file and label.")
     words = f"columns {header[file_column]} and {header[label_column]}"
     return LabelTable(rows, file_column, label_column, {}, words)
 
@@ -1276,11 +1278,9 @@ def make_classes(first_with):
     numbers = [label for label in first_with if isinstance(label, int)]
     names = [label for label in first_with if isinstance(label, str)]
     if numbers and names:
-        ours = first_with[numbers[0]]
-        theirs = first_with[names[0]]
-        raise DataError(f"{ours.title} has the number {ours.label} for a label, but "
-                        f"{theirs.title} has the name {theirs.label}. Give all pictures numbers, "
-                        "or all names, or say which is which by --classes.")
+        raise DataError(f"{first_with[numbers[0]].title} has the number {numbers[0]} for a label, "
+                        f"but {first_with[names[0]].title} has the name {names[0]}. Give all "
+                        "pictures numbers, or all names, or say which is which by --classes.")
     if names:
         classes = sorted(names)
         return classes, {name: i for i, name in enumerate(classes)}
@@ -1290,8 +1290,8 @@ def make_classes(first_with):
                             f"classes end at {MAX_CLASSES - 1:,}. If it is a number of something "
                             "else, choose other labels by --columns or --labels FILE, or ignore "
                             "them by --unlabelled.")
-    count = max(numbers) + 1
-    return [str(number) for number in range(count)], {number: number for number in range(count)}
+    classes = [str(number) for number in range(max(numbers) + 1)]
+    return classes, {number: number for number in range(len(classes))}
 
 
 def read_as_classes(known_classes, labels):
@@ -1300,35 +1300,35 @@ def read_as_classes(known_classes, labels):
     A number is the name of a class if all names are numbers. Else it is a class's place.
     """
     number_of = {name: i for i, name in enumerate(known_classes)}
-    names_are_numbers = known_classes and all(name.isdecimal() for name in known_classes)
-    if names_are_numbers:
+    if known_classes and all(name.isdecimal() for name in known_classes):
         number_of |= {int(name): i for i, name in enumerate(known_classes)}
         reading = "numbers are names of classes"
     else:
         number_of |= {i: i for i in range(len(known_classes))}
         reading = "numbers are places in --classes"
     has_numbers = any(isinstance(label, int) for label in labels)
-    return number_of, reading if has_numbers else ""
+    if not has_numbers:
+        reading = ""
+    return number_of, reading
 
 
-def label_pictures(source, listing, labels_file, not_taken):
-    """Gives pictures the labels of --labels, or of their folders if SOURCE gives none.
+def label_by_file(source, pictures, labels_file, not_taken):
+    """Gives pictures the labels of --labels. Returns a remark for the first line."""
+    for picture in pictures:
+        if picture.label is not None:
+            not_taken.add(OTHER_LABEL, picture.name)
+    folders_above = Path(os.path.realpath(labels_file)).parents
+    if Path(os.path.realpath(source)) in folders_above:  # so it was counted as not taken
+        not_taken.take_back(OTHER_ENDING, ending_of(labels_file.name) or "no ending")
+    columns = read_labels(labels_file, pictures, not_taken)
+    return f"labels from {labels_file} ({columns})"
+
+
+def label_by_folders(source, listing, not_taken):
+    """Gives pictures the names of their class folders, if there are any, as labels.
 
     Returns (what SOURCE is, in words; a remark for the first line, or "").
     """
-    has_labels = any(picture.label is not None for picture in listing.pictures)
-    if labels_file:
-        for picture in listing.pictures:
-            if picture.label is not None:
-                not_taken.add(OTHER_LABEL, picture.name)
-        lies_in_source = (Path(os.path.realpath(source))
-                          in Path(os.path.realpath(labels_file)).parents)
-        if lies_in_source:  # so it was counted as a file that is not taken
-            not_taken.take_back(OTHER_ENDING, ending_of(labels_file.name) or "no ending")
-        columns = read_labels(labels_file, listing.pictures, not_taken)
-        return listing.kind, f"labels from {labels_file} ({columns})"
-    if has_labels or listing.class_root is None:
-        return listing.kind, ""
     names = [picture.name for picture in listing.pictures]
     folders = folder_classes(names, source, not_taken, listing.class_root)
     if not folders:
@@ -1339,7 +1339,8 @@ def label_pictures(source, listing, labels_file, not_taken):
     if listing.kind != "a folder":
         kind = f"class folders in {listing.kind}"
     for name in names:
-        if name.count("/", len(listing.class_root)) > 1:
+        has_folder_in_class = name.count("/", len(listing.class_root)) > 1
+        if has_folder_in_class:
             return kind, (f"folders in them are not ({os.path.dirname(name)}); if the first are no "
                           "classes either, add --unlabelled")
     return kind, ""
@@ -1369,21 +1370,23 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         known_classes = BetonReader(classes_file.with_suffix(".beton")).classes or []
     listing = find_pictures(source, columns, not unlabelled, not_taken, known_classes)
     pictures = listing.pictures
+    kind = listing.kind
+    remark = ""
+    has_labels = any(picture.label is not None for picture in pictures)
     if unlabelled:
         for picture in pictures:
             picture.label = None
-        kind = listing.kind
-        remarks = []
-    else:
-        kind, remark = label_pictures(source, listing, labels_file, not_taken)
-        remarks = [remark]
+    elif labels_file:
+        remark = label_by_file(source, pictures, labels_file, not_taken)
+    elif not has_labels and listing.class_root is not None:
+        kind, remark = label_by_folders(source, listing, not_taken)
     if known_classes is None and not labels_file and is_beton(source):
         known_classes = open_beton(str(source)).classes  # a copy has the same numbers
     classes = None
+    reading = ""
     if any(picture.label is not None for picture in pictures):
         check_all_labelled(pictures, labels_file)
         classes, reading = number_classes(pictures, known_classes)
-        remarks.append(reading)
         result = f"in {len(classes):,} classes ({shorten(classes)})"
     else:
         if classes_file:
@@ -1392,9 +1395,8 @@ def find_data(source, labels_file, classes_file, unlabelled=False, columns=None,
         for picture in pictures:
             picture.label = -1
         result = "without labels" if unlabelled else "without labels: none were found"
-    first_line = [f"found: {kind}: {len(pictures):,} pictures {result}"]
-    first_line += [remark for remark in remarks if remark]
-    print_text("; ".join(first_line))
+    first_line = [f"found: {kind}: {len(pictures):,} pictures {result}", remark, reading]
+    print_text("; ".join(part for part in first_line if part))
     print_text(f"not taken: {not_taken}")
     return pictures, classes
 
