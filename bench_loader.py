@@ -103,7 +103,7 @@ def get_args(argv=None):
         help="load this number of images in a pass; a small file is repeated "
              "(default: %(default)s)")
     add("--passes", type=int, default=5,
-        help="count this number of rounds (default: %(default)s)")
+        help="measure this number of rounds (default: %(default)s)")
     add("--only", nargs="+", choices=tuple(SECTIONS), metavar="SECTION",
         default=[name for name in SECTIONS if name != "scaling"],
         help=f"run these sections of {', '.join(SECTIONS)} (default: all but scaling)")
@@ -616,7 +616,7 @@ def held_memory():
 
 
 class LoaderPasses:
-    """The opener of a row with a loader: opens it; a call makes a pass and returns its values."""
+    """The opener of a row that measures a loader. It opens the loader; each call makes a pass."""
 
     def __init__(self, alternative, load):
         for module in alternative.modules:
