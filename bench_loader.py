@@ -244,10 +244,12 @@ def open_in_child(opener, arguments):
 
 
 def pass_in_child():
+    """A pass that measures time."""
     return make_pass(with_memory=False)
 
 
 def memory_pass_in_child():
+    """A pass that measures memory: reading it at each batch takes time."""
     return make_pass(with_memory=True)
 
 
@@ -259,6 +261,7 @@ class Child:
         self.pool = ProcessPoolExecutor(1, context, initializer=start_child)
 
     def call(self, function, *arguments, timeout=None):
+        """What the function returns in the child, or the exception that it raises there."""
         return self.pool.submit(function, *arguments).result(timeout)
 
 
@@ -457,6 +460,7 @@ class Sources:
         return self.found[name]
 
     def build(self, name):
+        """Builds a source in the temporary folder. RuntimeError if that fails."""
         if name == "500_95":
             return Source(self.data.path, self.ids)
         out = self.folder / f"{re.sub('[^a-zA-Z0-9]+', '_', name)}.beton"
@@ -772,6 +776,7 @@ def plot_alternatives(rows, path):
 
 
 def bench_alternatives(args, sources, report):
+    """Loaders against each other, at each --res."""
     found = find_alternatives(sources, report)
     rows = []
     for res in args.res:
@@ -797,6 +802,7 @@ COMPRESSION = ("500_100", "500_95", "500_90", "256_95")  # sources, as in Table 
 
 
 def bench_compression(args, sources, report):
+    """ESSL on files of other quality or resolution."""
     rows = {}
     bytes_an_image = {}
     for name in COMPRESSION:
@@ -891,6 +897,7 @@ def open_steps(make_steps, last_step, load):
 
 
 def bench_decomposition(args, sources, report):
+    """The steps of loading, by FFCV's and by ESSL's functions."""
     load = make_load(args, sources.find("500_95"), args.res[0])
     load.ids = load.ids[:args.images // 4 + 1]  # a quarter is enough: one core, and Python's loop
     loaders = {"FFCV": make_ffcv_steps, "ESSL": make_essl_steps}
@@ -912,6 +919,7 @@ def bench_decomposition(args, sources, report):
 
 # --- section: pixels
 def bench_pixels(args, sources, report):
+    """How far the .beton's pictures are from the folder's, with the same crops."""
     if not sources.paths:
         leave_out(report, "pixels", NEEDS_FOLDER)
         return
@@ -1059,6 +1067,7 @@ def plot_scaling(rows, cpu, path):
 
 
 def bench_scaling(args, sources, report):
+    """Two rows, with and without crop decoding, for each value of each axis."""
     rows = []
     for axis, (_, values) in AXES.items():
         if axis == "threads":

@@ -65,6 +65,10 @@ from essl_loader import (ALLOC, ARCHIVES, ESSL, FIELD, HEADER, HIDDEN_FILE, LABE
 
 JPEG = 0  # a sample's mode in the file; the other mode is raw RGB
 PAGE_SIZE = 8 << 20  # FFCV's default
+FORMAT_VERSION = 2  # FFCV's
+NUM_FIELDS = 2  # of a sample: the picture and the label
+IMAGE_FIELD = 2  # FFCV's numbers for a picture and for a whole number
+INTEGER_FIELD = 1
 COMMON_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".gif")  # picture_endings has all
 # Names of columns, in the order in which they are preferred
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")  # in a parquet
@@ -195,6 +199,7 @@ def name_in_errors(path):
 
 
 def is_beton(source):
+    """Whether SOURCE is a .beton, whose samples are copied."""
     return source.suffix == ".beton" and source.is_file()
 
 
@@ -394,6 +399,7 @@ def read_row_group(path, group, column):
 
 @functools.cache
 def known_endings():
+    """picture_endings(), which is slow, once."""
     return picture_endings()
 
 
@@ -597,6 +603,7 @@ class MemberLabels:
         return self.by_key[key]
 
     def count_unused(self, not_taken):
+        """Counts the labels that no picture has."""
         for ending, labels in self.by_stem.items():
             for stem, label in labels.items():
                 if stem in self.used or self.key_of(stem) in self.used:
@@ -762,6 +769,7 @@ def find_in_parquet(path, columns, with_labels):
 # --- pictures in a .beton
 @functools.lru_cache(1)
 def open_beton(path):
+    """A BetonReader, which stays open for the next sample."""
     return BetonReader(path)
 
 
@@ -993,8 +1001,9 @@ def split_rows(path, names_picture):
         if not all(separator in line for line in lines.values()):
             continue
         rows = split_at(path, text, separator)
-        if any(names_picture(cell) for _, cells in rows for cell in cells):
-            return rows
+        for _, cells in rows:
+            if any(names_picture(cell) for cell in cells):
+                return rows
         separated = separated or rows
     rows = [(number, split_at_spaces(line)) for number, line in lines.items()]
     bad_rows = [row for row in rows if len(row[1]) != 2]
@@ -1584,7 +1593,8 @@ def in_order(work, jobs, num_workers):
     check_shared_memory(needed, "use fewer --num-workers")
     loader = DataLoader(jobs, batch_size=16, num_workers=workers, multiprocessing_context="fork",
                         collate_fn=work_on_all, worker_init_fn=start_worker)
-    for results in tqdm(loader, unit=" images", unit_scale=16, disable=None):  # on a terminal
+    # disable=None: the bar is shown on a terminal only
+    for results in tqdm(loader, unit=" images", unit_scale=16, disable=None):
         yield from results
 
 
@@ -1667,13 +1677,13 @@ class BetonWriter:
         self.count = 0
         self.page_size = PAGE_SIZE
         # Where the data end that are in the file; the tables before them are written last
-        self.end = HEADER.itemsize + 2 * FIELD.itemsize + self.samples.nbytes
+        self.end = HEADER.itemsize + NUM_FIELDS * FIELD.itemsize + self.samples.nbytes
 
     def add(self, sample, label):
         """Writes a sample's data. FFCV reads whole pages, so data cross no boundary of a page."""
         size = len(sample.data)
         while size > self.page_size:
-            self.page_size *= 2  # each boundary of larger pages was one before
+            self.page_size *= 2  # what is placed stays valid: larger pages have fewer boundaries
         first_page = self.end // self.page_size
         last_page = (self.end + size - 1) // self.page_size
         if first_page != last_page:
@@ -1689,10 +1699,11 @@ class BetonWriter:
         """Writes the tables. Returns the settings with the checksum over the tables."""
         samples = self.samples[:self.count]
         alloc = self.alloc[:self.count]
-        header = np.array((2, 2, self.page_size, self.count, self.end), HEADER)  # version, fields
+        header = np.array(
+            (FORMAT_VERSION, NUM_FIELDS, self.page_size, self.count, self.end), HEADER)
         settings = {**settings, "checksum": tables_checksum(header, settings, samples, alloc)}
-        fields = np.array([(2, b"image", json.dumps(settings).encode()),  # FFCV's type ids:
-                           (1, b"label", b"")], FIELD)  # 2 is a picture, 1 a whole number
+        fields = np.array([(IMAGE_FIELD, b"image", json.dumps(settings).encode()),
+                           (INTEGER_FIELD, b"label", b"")], FIELD)
         self.file.seek(self.end)
         self.file.write(alloc.tobytes())
         self.file.seek(0)
