@@ -101,6 +101,7 @@ TJTRANSFORM = np.dtype([("region", "4i4"), ("operation", "i4"), ("options", "i4"
 COLOURS = {"red": (220, 50, 40), "yellow": (230, 200, 50), "green": (60, 180, 70),
            "blue": (50, 100, 225), "purple": (170, 70, 200)}
 SIDES = {"triangle": 3, "disc": 60}
+DEMO_SETS = (("train", 1000), ("val", 200))  # names and numbers of pictures
 DEMO_CLASSES = [f"{colour}_{shape}" for colour in COLOURS for shape in SIDES]
 
 
@@ -1873,7 +1874,7 @@ def build(args):
 
 def build_demo(args):
     """Draws the demo's training and validation set into --out-dir."""
-    for split, (name, size) in enumerate((("train", 1000), ("val", 200))):
+    for split, (name, size) in enumerate(DEMO_SETS):
         out = args.out_dir / f"demo_{name}.beton"
         check_replaceable(out)
         pictures = [DrawnPicture("demo", str(i), i % len(DEMO_CLASSES), split, i)
