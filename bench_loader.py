@@ -1,27 +1,44 @@
 """Shows what loading costs, against the alternatives: images/s, cores, memory, start-up, pixels.
 
     python bench_loader.py --data-dir imagenet/train        # builds what it needs in $TMPDIR
-    python bench_loader.py --data data/demo_train.beton     # only what needs no picture folder
-    python bench_loader.py --data-dir imagenet/train --only scaling    # as the work grows
+    python bench_loader.py --data data/demo_train.beton     # measures what needs no picture folder
+    python bench_loader.py --data-dir imagenet/train --only scaling    # varies the work
 
-Takes 3 minutes on two EPYC cores; scaling, which is not run by default, takes 5.
+It takes 3 minutes on two EPYC cores. The section `scaling`, which only --only runs, takes 5.
 
-alternatives: every row is a process of its own and has the same pictures, distribution of crops,
-output size, batch size and number of threads or processes. In each round every row makes one pass;
-images_s is the median of the rounds, min and max are theirs, and "x FFCV" is the median of the
-rounds' ratios. cpu_us: CPU time an image, of all threads and processes; on a busy machine it is
-more reliable. A view counts as an image. Only the image folder and ESSL flip. first_batch_s: from
-opening the loader in a new process, after the imports, with our kernels in numba's cache.
-memory_MB: a pass's peak beyond what its process holds between passes. cores_for_N: cores that load
-N images/s. The table `methods` says what each row reads, decodes and resizes by.
-decomposition: Table 13, cumulative, on one core. compression: Table 4.
-pixels: Appendix C, mean absolute difference of folder and .beton, of 1; in *_pixels.png folder,
-.beton, 8 x difference.
-scaling: ESSL against the same loader with libjpeg-turbo decoding whole pictures; *_scaling.png.
-Last line:
+These words have one meaning here:
+  row      a line of a table: one loader with its settings, in a child process of its own
+  source   a file, or a folder of JPEG files, that rows read; all sources hold the same pictures
+  pass     a row loads --images images once
+  warm-up  the first pass of a row, which compiles and fills caches, and does not count
+  round    each row in turn makes one pass; --passes rounds count
+
+The columns: images_s is the median of the rounds, and min and max are their extremes. "x FFCV" is
+the median of the ratios to FFCV's row, which are taken within each round. cpu_us is the CPU time of
+an image in microseconds, over all threads and processes. On a busy machine it is more reliable than
+images_s. A view counts as an image.
+
+The sections:
+  alternatives   loaders with the same pictures, distribution of crops, output size, batch size, and
+                 number of threads or processes. Only the image folder and ESSL flip.
+                 first_batch_s: the time from opening the loader to its first batch, in a new
+                 process, after the imports, and with our kernels in numba's cache.
+                 memory_MB: what a pass takes at most, beyond what its process holds between passes.
+                 cores_for_N: the number of cores that load N images/s.
+                 The table `methods` says what each row reads, decodes and resizes by.
+  decomposition  the steps of loading, each with all steps before it, on one core (Table 13)
+  compression    files of other quality or resolution (Table 4)
+  pixels         the mean absolute difference between the folder's pictures and the .beton's, where
+                 1 is white minus black (Appendix C). *_pixels.png shows the folder's, the .beton's
+                 and 8 x their difference.
+  scaling        ESSL against the same loader when libjpeg-turbo decodes whole pictures, as the work
+                 grows. *_scaling.png shows it.
+
+The last line:
     written: runs/bench.json, runs/bench.png, runs/bench_pixels.png
 """
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -38,9 +55,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -51,39 +70,63 @@ from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, decod
                          ffcv_decoder, make_scratch, random_box, remove_index, resized_crop,
                          usable_cores)
 
-SCALE = (0.2, 1.0)  # of RandomResizedCrop, in every row
+SCALE = (0.2, 1.0)  # RandomResizedCrop's, in every row
 RATIO = (3 / 4, 4 / 3)
 AHEAD = 3  # batches that a worker prepares ahead; ESSL's and FFCV's defaults are 3 too
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "llvmlite", "pillow", "turbojpeg", "ffcv",
             "opencv-python", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+NEEDS_FOLDER = "it needs a folder of pictures. Add --data-dir"
+NEEDS_FFCV = "ffcv is not installed: pip install ffcv"
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
+# --- arguments
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--data", type=Path, help="the .beton (default: from --data-dir, or data/train_500_95)")
-    add("--data-dir", type=Path, help="folder of class folders of pictures")
-    add("--json", type=Path, default=Path("runs/bench.json"), help="all numbers, of each pass too")
-    add("--plot", type=Path, default=Path("runs/bench.png"), help="plot of the alternatives")
-    add("--res", type=int, nargs="+", default=[224], help="pixels; other sections: the first")
-    add("--batch-size", type=int, default=256, help="images a batch (default: %(default)s)")
-    add("--num-workers", type=int, default=0, help="threads or processes; 0: all cores (default)")
-    add("--images", type=int, default=2048, help="images a pass; a small file is repeated")
-    add("--passes", type=int, default=5, help="rounds that count (default: %(default)s)")
-    default = [name for name in SECTIONS if name != "scaling"]
-    add("--only", nargs="+", choices=tuple(SECTIONS), default=default, metavar="SECTION",
-        help=f"any of {', '.join(SECTIONS)} (default: all but scaling)")
-    add("--img-s", type=int, nargs="+", default=[11863], help="to count cores for (%(default)s)")
-    args = p.parse_args([re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
-                         for word in (sys.argv[1:] if argv is None else argv)])
+    add("--data", type=Path,
+        help="read this .beton (default: one built from --data-dir, or data/train_500_95.beton)")
+    add("--data-dir", type=Path, help="read the pictures in this folder of class folders")
+    add("--json", type=Path, default=Path("runs/bench.json"),
+        help="write all numbers, with those of each pass, to this file (default: %(default)s)")
+    add("--plot", type=Path, default=Path("runs/bench.png"),
+        help="write the plot of the alternatives to this file (default: %(default)s)")
+    add("--res", type=int, nargs="+", default=[224],
+        help="load crops of these sizes in pixels; only alternatives takes more than the first "
+             "(default: 224)")
+    add("--batch-size", type=int, default=256,
+        help="load this number of images in a batch (default: %(default)s)")
+    add("--num-workers", type=int, default=0,
+        help="use this number of threads or processes; 0 means all usable cores (default: 0)")
+    add("--images", type=int, default=2048,
+        help="load this number of images in a pass; a small file is repeated "
+             "(default: %(default)s)")
+    add("--passes", type=int, default=5,
+        help="measure this number of rounds (default: %(default)s)")
+    add("--only", nargs="+", choices=tuple(SECTIONS), metavar="SECTION",
+        default=[name for name in SECTIONS if name != "scaling"],
+        help=f"run these sections of {', '.join(SECTIONS)} (default: all but scaling)")
+    add("--img-s", type=int, nargs="+", default=[11863],
+        help="compute how many cores load these numbers of images/s (default: 11863)")
+    words = sys.argv[1:] if argv is None else argv
+    args = p.parse_args([with_hyphens(word) for word in words])
     args.num_workers = args.num_workers or usable_cores()
-    if min(args.batch_size, args.num_workers, args.images, args.passes, *args.res, *args.img_s) < 1:
-        p.error("numbers must be at least 1")
+    numbers = (args.batch_size, args.num_workers, args.images, args.passes, *args.res, *args.img_s)
+    if min(numbers) < 1:
+        p.error("A number is below 1. Only --num-workers may be 0.")
     return args
 
 
-# --- report: what is printed, and the same for the JSON
+def with_hyphens(word):
+    """A word of the command line: --batch_size becomes --batch-size, and a value stays."""
+    flag, equals, value = word.partition("=")
+    if flag.startswith("--"):
+        flag = flag.replace("_", "-")
+    return flag + equals + value
+
+
+# --- report: what is printed also goes into the JSON file
 def installed_version(packages):
     """(name, version) of the first of these packages that is installed, or None."""
     for package in packages:
@@ -95,39 +138,42 @@ def installed_version(packages):
 
 
 def start_report(args):
-    """What the numbers were measured on and with."""
-    text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", text)
-    flags = re.search(r"flags\s*: (.*)", text)
+    """On what machine and with what settings and versions the numbers were measured."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", cpuinfo)
+    flags = re.search(r"flags\s*: (.*)", cpuinfo)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hardware = {"cpu": model[1] if model else platform.processor(),
+                "cpu_flags": flags[1].split() if flags else [],
+                "usable_cores": usable_cores(),
+                "all_cores": os.cpu_count(),
+                "memory_GB": memory / 1e9,
+                "system": platform.platform(),
+                "load_average_before": os.getloadavg()}
     versions = {"python": platform.python_version()}
-    versions |= dict(filter(None, [installed_version([package]) for package in PACKAGES]))
-    return {
-        "command": sys.argv,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "settings": {key: str(value) if isinstance(value, Path) else value
-                     for key, value in vars(args).items()},
-        "hardware": {"cpu": model[1] if model else platform.processor(),
-                     "cpu_flags": flags[1].split() if flags else [],
-                     "usable_cores": usable_cores(), "all_cores": os.cpu_count(),
-                     "memory_GB": memory / 1e9, "system": platform.platform(),
-                     "load_average_before": os.getloadavg()},
-        "versions": versions,
-        "left_out": [],
-        "plots": []}
+    for package in PACKAGES:
+        found = installed_version([package])
+        if found:
+            versions[package] = found[1]
+    settings = {}
+    for key, value in vars(args).items():
+        settings[key] = str(value) if isinstance(value, Path) else value
+    return {"command": sys.argv, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "settings": settings,
+            "hardware": hardware, "versions": versions, "left_out": [], "plots": []}
 
 
 def write_report(path, report):
-    """Writes the JSON aside, so that it is whole whenever it is there."""
+    """Writes the JSON file under another name and renames it: it is never half written."""
     report["hardware"]["load_average_after"] = os.getloadavg()
     tmp_path = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     tmp_path.write_text(json.dumps(report, indent=1))
     os.replace(tmp_path, path)
 
 
-def leave_out(report, what, error):
-    lines = str(error).splitlines() or [type(error).__name__]
-    text = f"{what}: left out: {lines[-1]}"
+def leave_out(report, name, reason):
+    """Notes and prints that a row, a source or a section is left out. reason: text or exception."""
+    lines = str(reason).splitlines() or [type(reason).__name__]
+    text = f"{name}: left out: {lines[-1]}"
     report["left_out"].append(text)
     print(text, flush=True)
 
@@ -137,28 +183,31 @@ def format_cell(value):
 
 
 def add_table(report, section, rows, hidden=()):
-    """Prints rows, dicts with the same keys, in columns; `hidden` ones are in the JSON only."""
+    """Prints rows, dicts with the same keys, as a table; `hidden` keys are in the JSON alone."""
     report[section] = rows
     print(f"\n{section}")
     if not rows:
         return
-    keys = [key for key in rows[0] if key not in ("passes", "cpu_us_passes", *hidden)]
-    lines = [keys] + [[format_cell(row.get(key, "")) for key in keys] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    hidden = {"passes", "cpu_us_passes", *hidden}
+    keys = [key for key in rows[0] if key not in hidden]
+    lines = [keys]
+    for row in rows:
+        lines.append([format_cell(row.get(key, "")) for key in keys])
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     is_text = [isinstance(rows[0][key], str) for key in keys]
     for line in lines:
         cells = []
-        for cell, width, text in zip(line, widths, is_text):
-            cells.append(cell.ljust(width) if text else cell.rjust(width))
+        for cell, width, to_the_left in zip(line, widths, is_text):
+            cells.append(cell.ljust(width) if to_the_left else cell.rjust(width))
         print("  ".join(cells).rstrip(), flush=True)
 
 
-# --- child processes: each loader runs in one of its own
+# --- child processes: each row has one of its own
 def cpu_seconds():
-    """CPU time of this process and its workers, also of those that have ended."""
+    """The CPU time of this process and of its workers, also of those that have ended."""
     seconds = 0
     for worker in multiprocessing.active_children():
-        # proc(5): utime and stime are fields 14 and 15, the name in parentheses is field 2
+        # proc(5): utime and stime are fields 14 and 15; field 2 is the name in parentheses
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
         seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -166,46 +215,53 @@ def cpu_seconds():
 
 
 class Stopwatch:
-    """Measures wall-clock and CPU time from when it is made."""
+    """Measures wall-clock time and CPU time from when it is made."""
 
     def __init__(self):
         self.cpu_start = cpu_seconds()
         self.start = time.perf_counter()
 
     def rates(self, images):
-        """What a pass returns."""
+        """What a pass of this number of images returns."""
         seconds = time.perf_counter() - self.start
-        return {"images_s": images / seconds,
-                "cpu_us": 1e6 * (cpu_seconds() - self.cpu_start) / images}
+        cpu = cpu_seconds() - self.cpu_start
+        return {"images_s": images / seconds, "cpu_us": 1e6 * cpu / images}
 
 
-start_pass = None  # in a child process: the function that makes a pass
+make_pass = None  # in a child process: what its row's opener returned
 
 
 def start_child():
-    """In a new child process: main can end it together with the workers that it starts."""
+    """Prepares a new child process: main can end it together with the workers that it starts."""
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends when its parent does
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # by which ffcv_decoder ends a process
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends when its parent ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ffcv_decoder ends its process by it
 
 
-def open_in_child(function, *arguments):
-    global start_pass
-    start_pass = function(*arguments)
+def open_in_child(opener, arguments):
+    global make_pass
+    make_pass = opener(**arguments)
 
 
-def pass_in_child(*arguments):
-    return start_pass(*arguments)
+def pass_in_child():
+    """A pass that measures time."""
+    return make_pass(with_memory=False)
+
+
+def memory_pass_in_child():
+    """A pass that measures memory: reading it at each batch takes time."""
+    return make_pass(with_memory=True)
 
 
 class Child:
-    """A child process that calls functions. It ends with its last reference."""
+    """A child process that calls functions. It ends when nothing refers to it any more."""
 
     def __init__(self):
         context = multiprocessing.get_context("fork")
         self.pool = ProcessPoolExecutor(1, context, initializer=start_child)
 
     def call(self, function, *arguments, timeout=None):
+        """What the function returns in the child, or the exception that it raises there."""
         return self.pool.submit(function, *arguments).result(timeout)
 
 
@@ -215,78 +271,89 @@ def end_children():
         os.killpg(child.pid, signal.SIGKILL)
 
 
-# --- rounds: how rows are measured
+# --- rows and rounds
 @dataclass(eq=False)
 class Row:
-    """A line of a table: what it is called, how its process opens it, what it is compared with."""
+    """A line of a table, and how it is measured.
 
-    labels: dict  # the first columns
-    open: tuple  # a function and its arguments; it returns a function that makes a pass
+    labels: its first columns, such as {"step": "decode", "loader": "FFCV"}. opener(**arguments) is
+    called once in the row's child process. It returns make_pass(with_memory), which makes a pass
+    and returns {column: value}. base: the row that this one is compared with.
+    """
+
+    labels: dict
+    opener: Callable
+    arguments: dict
     base: "Row | None" = None
     base_name: str = ""
-    first: dict = field(default_factory=dict)  # what the passes before the rounds gave
-    passes: list = field(default_factory=list)  # images/s of each round
-    cpu_us: list = field(default_factory=list)  # CPU time an image, microseconds, of each round
+    once: dict = field(default_factory=dict)  # columns that the warm-up has measured
+    passes: list = field(default_factory=list)  # images/s in each round
+    cpu_us: list = field(default_factory=list)  # CPU time of an image, microseconds, in each round
 
     @property
     def name(self):
         return ", ".join(str(label) for label in self.labels.values())
 
     def values(self):
-        """The row as a dict for the table and the JSON."""
+        """The row as a dict, for the table and the JSON file."""
         values = {**self.labels, "images_s": float(np.median(self.passes)),
                   "min": min(self.passes), "max": max(self.passes)}
         base = self.base
-        if base and len(base.passes) == len(self.passes):
+        has_base = base is not None and len(base.passes) == len(self.passes)
+        if has_base:
             ratios = np.divide(self.passes, base.passes)
             values[f"x {self.base_name}"] = float(np.median(ratios))
         values["cpu_us"] = float(np.median(self.cpu_us))
-        if base and len(base.passes) == len(self.passes):
+        if has_base:
             ratios = np.divide(base.cpu_us, self.cpu_us)
             values[f"x {self.base_name} by CPU time"] = float(np.median(ratios))
-        return {**values, **self.first, "passes": self.passes, "cpu_us_passes": self.cpu_us}
+        return {**values, **self.once, "passes": self.passes, "cpu_us_passes": self.cpu_us}
+
+
+@contextlib.contextmanager
+def leaving_out_failures(report, row, children):
+    """If the block fails, leaves its row out by name and ends its child; other rows go on."""
+    try:
+        yield
+    except DataError:  # the data are bad for all rows
+        raise
+    except Exception as error:  # a library may raise anything
+        leave_out(report, row.name, error)
+        del children[row]
+
+
+def warm_up(row, child, with_memory):
+    """Opens the row's loader and makes its first pass, and one more that measures memory.
+
+    Their rates do not count: the first pass compiles and fills caches.
+    """
+    child.call(open_in_child, row.opener, row.arguments)
+    row.once = child.call(pass_in_child)
+    if with_memory:
+        row.once |= child.call(memory_pass_in_child)
+    row.once.pop("images_s")
+    row.once.pop("cpu_us")
 
 
 def measure(args, report, rows, with_memory=False):
-    """Measures rows in turns, each in its process; returns those that worked, as dicts.
-
-    A row first makes a pass that does not count, which compiles and fills caches.
-    """
-    children = {}
-
-    def call(row, function, *arguments):
-        """What the row's process returns. A row that fails is left out, the others go on."""
-        if row not in children:
-            return {}
-        try:
-            return children[row].call(function, *arguments)
-        except DataError:
-            raise
-        except Exception as error:  # a library may raise anything
-            leave_out(report, row.name, error)
-            del children[row]
-            return {}
-
+    """Measures rows in --passes rounds. Returns those that worked, as dicts."""
+    children = {}  # {row: its child}, of the rows that work
     for row in rows:
         children[row] = Child()
-        call(row, open_in_child, *row.open)
-        row.first |= call(row, pass_in_child, False)
-        if with_memory:
-            row.first |= call(row, pass_in_child, True)
-        for key in ("images_s", "cpu_us"):  # of the pass that does not count
-            row.first.pop(key, None)
+        with leaving_out_failures(report, row, children):
+            warm_up(row, children[row], with_memory)
     for _ in range(args.passes):
-        for row in rows:
-            result = call(row, pass_in_child, False)
-            if row in children:
-                row.passes.append(result["images_s"])
-                row.cpu_us.append(result["cpu_us"])
-    return [row.values() for row in rows if row in children]
+        for row in list(children):
+            with leaving_out_failures(report, row, children):
+                rates = children[row].call(pass_in_child)
+                row.passes.append(rates["images_s"])
+                row.cpu_us.append(rates["cpu_us"])
+    return [row.values() for row in children]
 
 
-# --- sources: the files that the rows read, all of the same pictures
+# --- sources: what the rows read
 class FfcvPictures(torch.utils.data.Dataset):
-    """For FFCV's DatasetWriter: (picture, label) of each path."""
+    """(picture, number) of each path, for FFCV's DatasetWriter."""
 
     def __init__(self, paths):
         self.paths = paths
@@ -295,12 +362,16 @@ class FfcvPictures(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        picture = Image.open(self.paths[i])
-        return ImageOps.exif_transpose(picture).convert("RGB"), i
+        return open_rgb(self.paths[i]), i
+
+
+def open_rgb(path):
+    """A picture as RGB, turned as EXIF says."""
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
 
 
 def write_ffcv(out, paths, num_workers):
-    """In a child process: FFCV's own file, with build_beton.py's defaults."""
+    """Writes FFCV's own file with build_beton.py's defaults. It runs in a child process."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     image = RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=95)
@@ -310,37 +381,47 @@ def write_ffcv(out, paths, num_workers):
 
 
 def run_builder(out, *words):
-    """Builds a .beton by build_beton.py. RuntimeError with the command if it fails."""
+    """Builds a .beton by build_beton.py. RuntimeError with the command if that fails."""
     words = [str(word) for word in words]
     script = str(Path(__file__).with_name("build_beton.py"))
     done = subprocess.run([sys.executable, script, "--out", str(out), *words],
                           capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode != 0:
         raise RuntimeError(f"build_beton.py {' '.join(words)}: {done.stderr.strip()}")
 
 
 def write_jpegs(reader, ids, folder):
-    """Writes samples of a .beton as JPEG files, without their index; returns the paths."""
+    """Writes samples of a .beton as JPEG files, without their index. Returns the paths."""
     folder.mkdir()
     for i in ids:
         if reader.modes[i] != 0:
-            raise RuntimeError(f"{reader.path}: sample {i} is stored as raw pixels, not as a JPEG")
+            raise RuntimeError(f"{reader.path}: sample {i} is stored as raw pixels, not as a JPEG. "
+                               "Give another --data")
         data = reader.read(i)
         jpeg = remove_index(data) if reader.settings else data  # FFCV's files have no index
         Path(folder, f"{i:09}.jpg").write_bytes(jpeg)
     return sorted(folder.iterdir())
 
 
+class Source(NamedTuple):
+    """A file, or a folder of JPEG files, and the numbers of its samples that are read."""
+
+    path: Path
+    ids: np.ndarray
+
+
 class Sources:
-    """The same pictures as files of several kinds, made in a temporary folder when asked for.
+    """The same pictures in files of several kinds, each built when it is first asked for.
 
-    It takes at most --images pictures, evenly spread, as build_beton.py --limit does.
+    At most --images pictures are taken, evenly spread, as build_beton.py --limit takes them.
 
-    data: a BetonReader of the file that `500_95` stands for, which is --data where it is given.
-    ids: the samples that are read of it. paths: the pictures in --data-dir.
+    data: a BetonReader of the source `500_95`, which is --data if that is given. ids: the samples
+    that are read of it. paths: the pictures in --data-dir, or []. kept: the numbers of those in
+    paths that belong to ids; the others are damaged samples, which loaders leave out.
     """
 
-    FLAGS = {"4:4:4": "--chroma 444", "originals (--lossless)": "--lossless",
+    FLAGS = {"4:4:4": "--chroma 444",
+             "originals (--lossless)": "--lossless",
              "500_100": "--max-resolution 500 --quality 100",
              "500_90": "--max-resolution 500 --quality 90",
              "256_95": "--max-resolution 256 --quality 95"}
@@ -348,7 +429,7 @@ class Sources:
     def __init__(self, args, folder):
         self.args = args
         self.folder = Path(folder)
-        self.made = {}  # name: (path, numbers of its samples), or the error that making it raised
+        self.found = {}  # {name: Source, or the RuntimeError that building it raised}
         path = args.data or Path("data/train_500_95.beton")
         all_paths = FolderLoader(args.data_dir, 1).paths if args.data_dir else []
         if args.data_dir and not args.data:
@@ -357,71 +438,82 @@ class Sources:
         self.data = BetonReader(path)
         n = self.data.num_samples
         if all_paths and n not in (len(all_paths), min(len(all_paths), args.images)):
-            raise DataError(f"{path} holds {n:,} pictures, {args.data_dir} holds "
-                            f"{len(all_paths):,}. Give the folder that the file was built from.")
+            raise DataError(f"{path} holds {n:,} pictures, but {args.data_dir} holds "
+                            f"{len(all_paths):,}. Give the folder from which the file was built.")
         self.count = min(n, args.images)
-        ids = np.arange(self.count) * n // self.count
+        numbers = np.arange(self.count)
+        ids = numbers * n // self.count
+        is_good = ~np.isin(ids, self.data.excluded)
+        self.ids = ids[is_good]
+        self.kept = numbers[is_good]
         self.paths = [all_paths[i * len(all_paths) // n] for i in ids] if all_paths else []
-        kept = ~np.isin(ids, self.data.excluded)
-        self.ids = ids[kept]
-        self.path_ids = np.arange(self.count)[kept]
 
     def find(self, name):
-        """(path, numbers of its samples) of a source; it is made when first asked for."""
-        if name not in self.made:
+        """The Source of this name. RuntimeError if it cannot be built."""
+        if name not in self.found:
             try:
-                self.made[name] = self._make(name)
+                self.found[name] = self.build(name)
             except RuntimeError as error:
-                self.made[name] = error
-        if isinstance(self.made[name], Exception):
-            raise self.made[name]
-        return self.made[name]
+                self.found[name] = error
+        if isinstance(self.found[name], RuntimeError):
+            raise self.found[name]
+        return self.found[name]
 
-    def pictures(self):
-        """Paths of the pictures: those of --data-dir, or without it the samples of --data."""
-        return self.paths or sorted(self.find("500_95 as JPEG files")[0].iterdir())
-
-    def _make(self, name):
+    def build(self, name):
+        """Builds a source in the temporary folder. RuntimeError if that fails."""
         if name == "500_95":
-            return self.data.path, self.ids
+            return Source(self.data.path, self.ids)
         out = self.folder / f"{re.sub('[^a-zA-Z0-9]+', '_', name)}.beton"
         if name == "500_95 as JPEG files":
             out = self.folder / "jpegs"
             count = len(write_jpegs(self.data, self.ids, out))
         elif name == "FFCV's file":
-            if not installed_version(["ffcv"]):
-                raise RuntimeError("ffcv is not installed: pip install ffcv")
-            paths = self.pictures()
-            count = len(paths)
-            seconds = 60 + count / 5  # slower than any machine
-            try:
-                Child().call(write_ffcv, out, paths, self.args.num_workers, timeout=seconds)
-            except TimeoutError:  # it waits for ever for a worker that died
-                raise RuntimeError(f"FFCV's DatasetWriter did not end in {seconds:.0f} s") from None
+            count = self.build_by_ffcv(out)
         elif name == "FFCV's file, converted":
-            path, numbers = self.find("FFCV's file")
-            run_builder(out, "--data-dir", path)
-            count = len(numbers)
+            source = self.find("FFCV's file")
+            run_builder(out, "--data-dir", source.path)
+            count = len(source.ids)
         elif self.args.data_dir:
             run_builder(out, "--data-dir", self.args.data_dir, "--limit", self.count,
                         *self.FLAGS[name].split())
             count = self.count
         else:
-            raise RuntimeError("it needs a folder of pictures: give --data-dir")
-        return out, np.arange(count)
+            raise RuntimeError(NEEDS_FOLDER)
+        return Source(out, np.arange(count))
+
+    def build_by_ffcv(self, out):
+        """Writes FFCV's own file; returns how many samples it has."""
+        if not installed_version(["ffcv"]):
+            raise RuntimeError(NEEDS_FFCV)
+        paths = self.pictures()
+        seconds = 60 + len(paths) / 5  # any machine is faster
+        try:
+            Child().call(write_ffcv, out, paths, self.args.num_workers, timeout=seconds)
+        except TimeoutError:  # it waits for ever for a worker that died
+            raise RuntimeError(f"FFCV's DatasetWriter did not end in {seconds:.0f} s") from None
+        return len(paths)
+
+    def pictures(self):
+        """Paths of the pictures: those of --data-dir, or else the samples of --data."""
+        return self.paths or sorted(self.find("500_95 as JPEG files").path.iterdir())
 
 
-# --- loaders: each opens one and returns a function that starts a pass, whose batches are iterated
+# --- loaders: open_*(load) opens one and returns a function; each call of it iterates over a pass
 @dataclass
 class Load:
-    """What a loader has to load, the same in each row but for the path."""
+    """What a loader has to load. It is the same in each row but for the path."""
 
     path: Path
-    ids: np.ndarray  # samples of a pass, repeated where the file is small
+    ids: np.ndarray  # samples of a pass, repeated if the file is small
     res: int
     batch_size: int
     num_workers: int
     scale: tuple = SCALE
+
+
+def make_load(args, source, res):
+    ids = np.resize(source.ids, args.images)  # repeats them
+    return Load(source.path, ids, res, args.batch_size, args.num_workers)
 
 
 def open_essl(load, loader=ESSLLoader, **settings):
@@ -450,9 +542,14 @@ class JpegFiles(torch.utils.data.Dataset):
         return self.crop(decode_jpeg(read_file(self.paths[i]), ImageReadMode.RGB)), 0
 
 
-def open_torchvision(load):
+def jpeg_paths(load):
+    """The paths of a pass, from a folder of JPEG files."""
     paths = sorted(str(path) for path in load.path.iterdir())
-    files = JpegFiles([paths[i] for i in load.ids], load.res, load.scale)
+    return [paths[i] for i in load.ids]
+
+
+def open_torchvision(load):
+    files = JpegFiles(jpeg_paths(load), load.res, load.scale)
     return torch.utils.data.DataLoader(
         files, load.batch_size, shuffle=True, num_workers=load.num_workers, prefetch_factor=AHEAD,
         persistent_workers=True, multiprocessing_context="fork").__iter__
@@ -461,8 +558,7 @@ def open_torchvision(load):
 def open_dali(load):
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali.types import INTERP_LINEAR, RGB
-    paths = sorted(str(path) for path in load.path.iterdir())
-    files = [paths[i] for i in load.ids]
+    files = jpeg_paths(load)
 
     @pipeline_def
     def define():
@@ -479,13 +575,13 @@ def open_dali(load):
     pipeline = define(batch_size=load.batch_size, num_threads=load.num_workers, device_id=None,
                       prefetch_queue_depth=ahead)
     pipeline.build()
-    passes = itertools.count()
+    pass_numbers = itertools.count()
 
-    def run():
-        # As many batches as the pass has: pipeline.run() would go on with those of the next pass
-        # while other rows are measured. The first schedule_run of all starts `ahead` batches
-        is_first = next(passes) == 0
-        for _ in range(1 if is_first else ahead):
+    def batches():
+        # It asks for as many batches as the pass has: pipeline.run() would load those of the next
+        # pass while other rows are measured. The first schedule_run of all starts `ahead` batches
+        is_first_pass = next(pass_numbers) == 0
+        for _ in range(1 if is_first_pass else ahead):
             pipeline.schedule_run()
         for batch in range(num_batches):
             images, labels = pipeline.share_outputs()
@@ -493,7 +589,7 @@ def open_dali(load):
             pipeline.release_outputs()
             if batch + ahead < num_batches:
                 pipeline.schedule_run()
-    return run
+    return batches
 
 
 def open_ffcv(load, make_decoder=None):
@@ -515,13 +611,16 @@ def open_ffcv_with_ours(load):
 # --- passes of a loader, in its child process
 def held_memory():
     """MB of anonymous and shared memory of this process and its workers; shared counts once."""
-    pids = [os.getpid()] + [child.pid for child in multiprocessing.active_children()]
-    text = "".join(Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
-    return 1024e-6 * sum(map(int, re.findall(r"Pss_(?:Anon|Shmem): *(\d+)", text)))
+    pids = [os.getpid()] + [worker.pid for worker in multiprocessing.active_children()]
+    kilobytes = 0
+    for pid in pids:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        kilobytes += sum(int(size) for size in re.findall(r"Pss_(?:Anon|Shmem): *(\d+)", text))
+    return kilobytes * 1024e-6
 
 
 class LoaderPasses:
-    """Opens a loader; called, it makes a pass and returns what it measured of it."""
+    """The opener of a row that measures a loader. It opens the loader; each call makes a pass."""
 
     def __init__(self, alternative, load):
         for module in alternative.modules:
@@ -532,7 +631,7 @@ class LoaderPasses:
         self.load = load
         self.opened_at = time.perf_counter()
         self.first_batch_s = None
-        self.start = self.open()
+        self.batches = self.open()
 
     def open(self):
         return self.alternative.open(self.load, **self.alternative.settings)
@@ -542,26 +641,27 @@ class LoaderPasses:
 
     def measure_memory(self):
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what this takes
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the pass takes again would not count
         before = held_memory()
-        # The others keep buffers from pass to pass: those of a new loader count. FFCV takes its
-        # buffers anew in each pass, and a new loader would compile
-        start = self.start if self.alternative.is_ffcv else self.open()
-        return {"memory_MB": max(held_memory() for _ in start()) - before}  # at each batch
+        # The others keep buffers from pass to pass, so a new loader shows what they take. FFCV
+        # takes its buffers anew in each pass, and a new loader of FFCV would compile
+        batches = self.batches if self.alternative.is_ffcv else self.open()
+        most = max(held_memory() for _ in batches())  # at each batch
+        return {"memory_MB": most - before}
 
     def measure_time(self):
         stopwatch = Stopwatch()
         values = 0
-        for images, _ in self.start():
+        for images, _ in self.batches():
             if self.first_batch_s is None:
                 self.first_batch_s = time.perf_counter() - self.opened_at
             values += int(np.prod(images.shape))
-        rates = stopwatch.rates(values / (3 * self.load.res ** 2))  # each view counts
-        return {**rates, "first_batch_s": self.first_batch_s}
+        count = values / (3 * self.load.res ** 2)  # each view counts
+        return {**stopwatch.rates(count), "first_batch_s": self.first_batch_s}
 
 
 def compile_kernels(load):
-    """In a child process that measures nothing: our kernels go into numba's cache."""
+    """Puts our kernels into numba's cache. It runs in a child process that measures nothing."""
     for _ in ESSLLoader(load.path, load.batch_size, True, load.res, indices=load.ids[:1],
                         drop_last=False):
         pass
@@ -574,11 +674,11 @@ class Alternative:
 
     name: str
     source: str
-    open: object  # one of the functions above
-    resize: str  # filter, and whether it is antialiased
+    open: Callable  # one of the functions above
+    resize: str  # the filter, and whether it is antialiased
     decodes: str = "the whole picture"
     settings: dict = field(default_factory=dict)
-    modules: tuple = ()  # imported before the clock runs
+    modules: tuple = ()  # they are imported before the clock runs
     packages: tuple = ()  # it needs one of them
 
     @property
@@ -613,13 +713,8 @@ ALTERNATIVES = (
 PLAIN_ESSL = next(row for row in ALTERNATIVES if row.name == "ESSL")
 
 
-def make_load(args, source, res):
-    path, numbers = source
-    return Load(path, np.resize(numbers, args.images), res, args.batch_size, args.num_workers)
-
-
 def find_alternatives(sources, report):
-    """[(Alternative, its source)] of those that can run here; the others are left out by name."""
+    """[(Alternative, its Source)] of those that can run here; the others are left out by name."""
     found = []
     for alternative in ALTERNATIVES:
         packages = alternative.packages
@@ -637,12 +732,20 @@ def find_alternatives(sources, report):
 def make_alternative_rows(args, found, res):
     rows = {}
     for alternative, source in found:
-        opening = (LoaderPasses, alternative, make_load(args, source, res))
-        rows[alternative.name] = Row({"name": alternative.name, "res": res}, opening)
+        arguments = {"alternative": alternative, "load": make_load(args, source, res)}
+        rows[alternative.name] = Row({"name": alternative.name, "res": res}, LoaderPasses,
+                                     arguments)
     for row in rows.values():
         row.base = rows.get("FFCV")
         row.base_name = "FFCV"
     return list(rows.values())
+
+
+def spread_of(rows, speeds):
+    """How far below and above `speeds` the slowest and the fastest round are: (2, len(rows))."""
+    lowest = np.array([row["min"] for row in rows])
+    highest = np.array([row["max"] for row in rows])
+    return np.stack([speeds - lowest, highest - speeds])
 
 
 def plot_alternatives(rows, path):
@@ -651,9 +754,10 @@ def plot_alternatives(rows, path):
     figure, axes = plt.subplots(1, len(resolutions), figsize=(2 + 4.5 * len(resolutions), height),
                                 sharey=True, squeeze=False, layout="constrained")
     for axis, res in zip(axes[0], resolutions):
-        shown = [row for row in rows if row["res"] == res][::-1]
+        shown = [row for row in rows if row["res"] == res]
+        shown.reverse()  # barh draws upwards
         speeds = np.array([row["images_s"] for row in shown])
-        spread = np.abs([[row[end] for row in shown] for end in ("min", "max")] - speeds)
+        spread = spread_of(shown, speeds)
         colours = ["tab:orange" if row["name"].startswith("ESSL") else "tab:gray" for row in shown]
         axis.barh([row["name"] for row in shown], speeds, color=colours, xerr=spread,
                   error_kw={"elinewidth": 1, "capsize": 2})
@@ -672,6 +776,7 @@ def plot_alternatives(rows, path):
 
 
 def bench_alternatives(args, sources, report):
+    """Loaders against each other, at each --res."""
     found = find_alternatives(sources, report)
     rows = []
     for res in args.res:
@@ -697,51 +802,53 @@ COMPRESSION = ("500_100", "500_95", "500_90", "256_95")  # sources, as in Table 
 
 
 def bench_compression(args, sources, report):
-    rows = []
-    sizes = {}
+    """ESSL on files of other quality or resolution."""
+    rows = {}
+    bytes_an_image = {}
     for name in COMPRESSION:
         try:
-            path, numbers = sources.find(name)
+            source = sources.find(name)
         except RuntimeError as error:
             leave_out(report, name, error)
             continue
-        sizes[name] = int(BetonReader(path).sizes[numbers].mean())
-        load = make_load(args, (path, numbers), args.res[0])
-        rows.append(Row({"name": name}, (LoaderPasses, PLAIN_ESSL, load)))
-    for row in rows:
-        row.base = next(row for row in rows if row.labels["name"] == "500_95")
+        bytes_an_image[name] = int(BetonReader(source.path).sizes[source.ids].mean())
+        load = make_load(args, source, args.res[0])
+        rows[name] = Row({"name": name}, LoaderPasses, {"alternative": PLAIN_ESSL, "load": load})
+    for row in rows.values():
+        row.base = rows["500_95"]
         row.base_name = "500_95"
-    measured = measure(args, report, rows)
+    measured = measure(args, report, list(rows.values()))
     for row in measured:
-        row["bytes_an_image"] = sizes[row["name"]]
+        row["bytes_an_image"] = bytes_an_image[row["name"]]
     add_table(report, "compression", measured, hidden=["first_batch_s"])
 
 
 # --- section: decomposition
-STEPS = ("read", "decode", "+ resize", "+ flip", "+ normalise")
-READ, DECODE, RESIZE, FLIP, NORMALISE = range(5)
+STEPS = ("read", "decode", "+ resize", "+ flip", "+ normalise")  # each with all before it
+READ, DECODE, RESIZE, FLIP, NORMALISE = range(len(STEPS))
+MEAN = (123.675, 116.28, 103.53)  # ImageNet's, of 255
+STD = (58.395, 57.12, 57.375)
 
 
-def make_essl_steps(reader, res, step):
+def make_essl_steps(reader, res, last_step):
     """load(at, size, width, height, box, flip): a picture by ESSL's functions, up to a step."""
-    tables = (reader.sizes, reader.widths, reader.heights)
-    memory, scratch = make_scratch(*tables, res)
+    memory, scratch = make_scratch(reader.sizes, reader.widths, reader.heights, res)
     begin = scratch.raw - memory.ctypes.data
     stored = memoryview(memory).cast("B")[begin:]
     crop = np.zeros((res, res, 3), np.uint8)
 
     def load(at, size, width, height, box, flip):
         os.preadv(reader.file.fileno(), [stored[:size]], at)
-        if step == DECODE:
+        if last_step == DECODE:
             decode_planes(scratch.raw, size, width, height, *box, scratch)
-        elif step >= RESIZE:  # bicubic; the flip is part of its last write
+        elif last_step >= RESIZE:  # bicubic; it decodes too, and its last write flips
             resized_crop(scratch.raw, size, 0, width, height, *box, res, True, flip,
                          crop.ctypes.data, scratch)
         return torch.from_numpy(crop)
     return load
 
 
-def make_ffcv_steps(reader, res, step):
+def make_ffcv_steps(reader, res, last_step):
     """load(at, size, width, height, box, flip): a picture by FFCV's functions, up to a step."""
     from ffcv.libffcv import imdecode, resize_crop
     mapped = np.memmap(reader.path, np.uint8, "r")
@@ -753,9 +860,9 @@ def make_ffcv_steps(reader, res, step):
         x, y, w, h = box
         jpeg = mapped[at:at + size]
         decoded[:size] = jpeg  # the cost of touching the mapped file
-        if step >= DECODE:  # the whole picture
+        if last_step >= DECODE:  # the whole picture
             imdecode(jpeg, decoded, height, width, height, width, 0, 0, 1, 1, False, False)
-        if step >= RESIZE:  # by cv2's INTER_AREA
+        if last_step >= RESIZE:  # by cv2's INTER_AREA
             picture = decoded[:3 * height * width].reshape(height, width, 3)
             resize_crop(picture, y, y + h, x, x + w, crop)
         pixels = torch.from_numpy(crop)
@@ -763,88 +870,100 @@ def make_ffcv_steps(reader, res, step):
     return load
 
 
-def open_steps(make_steps, step, load):
-    """run(): images/s on one core, up to a step, by the functions that a loader calls."""
+def open_steps(make_steps, last_step, load):
+    """The opener of a row of steps: make_pass loads on one core, up to a step.
+
+    It calls the functions that a loader calls, picture by picture.
+    """
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     reader = BetonReader(load.path)
-    load_picture = make_steps(reader, load.res, step)
-    tables = (reader.ptrs, reader.sizes, reader.widths, reader.heights)
-    samples = np.stack(tables, axis=1)[load.ids].tolist()
-    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
+    load_picture = make_steps(reader, load.res, last_step)
+    columns = (reader.ptrs, reader.sizes, reader.widths, reader.heights)
+    samples = np.stack(columns, axis=1)[load.ids].tolist()
+    mean = torch.tensor(MEAN)
+    std = torch.tensor(STD)
 
-    def run(_):
+    def make_pass(with_memory):  # memory is not measured here
         stopwatch = Stopwatch()
         for i, (at, size, width, height) in enumerate(samples):
             box = random_box(width, height, SCALE, RATIO, 0, 0, i)
-            flip = step >= FLIP and i % 2 == 0
+            flip = last_step >= FLIP and i % 2 == 0
             pixels = load_picture(at, size, width, height, box, flip)
-            if step == NORMALISE:
+            if last_step == NORMALISE:
                 pixels.float().sub_(mean).div_(std)
         return stopwatch.rates(len(samples))
-    return run
+    return make_pass
 
 
 def bench_decomposition(args, sources, report):
+    """The steps of loading, by FFCV's and by ESSL's functions."""
     load = make_load(args, sources.find("500_95"), args.res[0])
-    load.ids = load.ids[:args.images // 4 + 1]  # one core, by Python: a fourth is enough
+    load.ids = load.ids[:args.images // 4 + 1]  # a quarter is enough: one core, and Python's loop
     loaders = {"FFCV": make_ffcv_steps, "ESSL": make_essl_steps}
     if not installed_version(["ffcv"]):
-        leave_out(report, "decomposition of FFCV", "ffcv is not installed: pip install ffcv")
+        leave_out(report, "decomposition of FFCV", NEEDS_FFCV)
         del loaders["FFCV"]
     rows = []
     for number, step in enumerate(STEPS):
-        ours = {name: Row({"step": step, "loader": name}, (open_steps, make, number, load))
-                for name, make in loaders.items()}
-        for row in ours.values():
-            row.base = ours.get("FFCV")
+        row_of = {}  # {loader: row}
+        for loader, make_steps in loaders.items():
+            arguments = {"make_steps": make_steps, "last_step": number, "load": load}
+            row_of[loader] = Row({"step": step, "loader": loader}, open_steps, arguments)
+        for row in row_of.values():
+            row.base = row_of.get("FFCV")
             row.base_name = "FFCV"
-        rows += ours.values()
+        rows += row_of.values()
     add_table(report, "decomposition", measure(args, report, rows))
 
 
 # --- section: pixels
 def bench_pixels(args, sources, report):
+    """How far the .beton's pictures are from the folder's, with the same crops."""
     if not sources.paths:
-        return leave_out(report, "pixels", "it needs a folder of pictures: give --data-dir")
-    settings = {"res": args.res[0], "drop_last": False}
+        leave_out(report, "pixels", NEEDS_FOLDER)
+        return
+    res = args.res[0]
     all_paths = FolderLoader(args.data_dir, 1).paths
     number_of = {path: number for number, path in enumerate(all_paths)}
-    numbers = [number_of[sources.paths[i]] for i in sources.path_ids]
-    folder = FolderLoader(args.data_dir, 64, indices=numbers, **settings)
-    beton = ESSLLoader(sources.data.path, 64, indices=sources.ids, **settings)
+    numbers = [number_of[sources.paths[i]] for i in sources.kept]
+    folder = FolderLoader(args.data_dir, 64, indices=numbers, res=res, drop_last=False)
+    beton = ESSLLoader(sources.data.path, 64, indices=sources.ids, res=res, drop_last=False)
     means = []
     for (a, _), (b, _) in zip(folder, beton):
         difference = (a.float() - b).abs()  # (B, 3, res, res)
         means += (difference.mean(dim=(1, 2, 3)) / 255).tolist()
         shown = torch.stack([a[:6], b[:6], (8 * difference[:6]).clamp(max=255).byte()])
     # (3, 6, 3, res, res) -> (3 * res, 6 * res, 3)
-    picture = shown.permute(0, 3, 1, 4, 2).reshape(3 * args.res[0], -1, 3)
+    picture = shown.permute(0, 3, 1, 4, 2).reshape(3 * res, -1, 3)
     path = args.plot.with_name(f"{args.plot.stem}_pixels.png")
     plt.imsave(path, picture.numpy())
     report["plots"].append(str(path))
-    add_table(report, "pixels", [{"name": "folder, .beton", "images": len(means), "largest":
-                                  max(means), "mean_difference": float(np.mean(means))}])
+    add_table(report, "pixels", [{"name": "folder, .beton", "images": len(means),
+                                  "largest": max(means),
+                                  "mean_difference": float(np.mean(means))}])
 
 
 # --- section: scaling
-AXES = {  # what grows: label of the axis, values; the first three change the file
+AXES = {  # what grows: label of the axis, values; the first two change the file
     "picture": ("longer side of the picture, pixels", (256, 375, 500, 1000, 2000)),
     "quality": ("JPEG quality", (75, 85, 90, 95, 100)),
     "output": ("side of the output, pixels", (96, 160, 224, 320, 384)),
     "crop": ("share of the picture that the crop takes", (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
-    "threads": ("threads", None)}  # up to the cores
+    "threads": ("threads", None)}  # up to the number of cores
 USUAL = {"picture": 500, "quality": 95, "output": 224, "crop": None}  # None: SCALE
-SCALING_PICTURES = 64  # different ones
+SCALING_PICTURES = 64  # so many different ones
 SCALING_BATCH = 32
 ESSL_CURVE = "ESSL, crop by index"
 WHOLE_CURVE = "ESSL, libjpeg-turbo decodes the whole picture"
+# A JPEG's DRI segment: restart markers every 65,535 MCUs, which is longer than the picture
+RESTART_INTERVAL = b"\xff\xdd\x00\x04\xff\xff"
 
 
 def paste_picture(paths, number, side):
-    """A picture of side x 2/3 side, pasted together from photos at their own size.
+    """A picture of side x 2/3 side pixels, pasted together from photos at their own size.
 
-    So a pixel takes as many bits at every size: an enlarged photo would be smooth, thus cheap.
+    A pixel then takes as many bits at every size: an enlarged photo would be smooth, thus cheap.
     """
     width = side
     height = side * 2 // 3
@@ -854,8 +973,7 @@ def paste_picture(paths, number, side):
         x = 0
         row_height = height
         while x < width:
-            photo = Image.open(paths[number % len(paths)])
-            photo = ImageOps.exif_transpose(photo).convert("RGB")
+            photo = open_rgb(paths[number % len(paths)])
             number += 1
             picture.paste(photo, (x, y))
             x += photo.width
@@ -880,59 +998,65 @@ def make_scaling_files(sources, side, quality):
     run_builder(indexed, "--data-dir", pasted, "--max-resolution", side, "--quality", quality)
     jpegs = sources.folder / f"{name}_jpegs"
     for path in write_jpegs(BetonReader(indexed), range(SCALING_PICTURES), jpegs):
-        # ESSL leaves JPEGs with a restart interval to libjpeg-turbo. This one is longer than the
-        # picture, so the data stay as they are.
+        # ESSL leaves JPEGs with a restart interval to libjpeg-turbo. The picture ends before the
+        # first marker, so the coded data stay the same
         data = path.read_bytes()
-        path.write_bytes(data[:2] + b"\xff\xdd\x00\x04\xff\xff" + data[2:])
+        path.write_bytes(data[:2] + RESTART_INTERVAL + data[2:])
     run_builder(whole, "--data-dir", jpegs, "--max-resolution", side, "--lossless")
     return indexed, whole
 
 
 def make_scaling_rows(args, sources, axis, value):
-    """Two rows: ESSL, and ESSL with libjpeg-turbo's decoder, where `axis` has a value."""
+    """Two rows, ESSL and ESSL with libjpeg-turbo's decoder, where `axis` has this value."""
     point = {**USUAL, "threads": args.num_workers, axis: value}
     files = make_scaling_files(sources, point["picture"], point["quality"])
     scale = (point["crop"], point["crop"]) if point["crop"] else SCALE
+    # Fewer images of larger pictures, so that a pass takes about as long
     images = max(SCALING_PICTURES, int(args.images * (USUAL["picture"] / point["picture"]) ** 2))
     ids = np.resize(np.arange(SCALING_PICTURES), images)
+    load = Load(files[0], ids, point["output"], SCALING_BATCH, point["threads"], scale)
     rows = []
-    for name, path in zip((ESSL_CURVE, WHOLE_CURVE), files):
-        load = Load(path, ids, point["output"], SCALING_BATCH, point["threads"], scale)
-        labels = {"axis": axis, "value": value, "decoder": name}
-        rows.append(Row(labels, (LoaderPasses, PLAIN_ESSL, load)))
-    rows[0].base = rows[1].base = rows[1]
-    rows[0].base_name = rows[1].base_name = "whole decode"
+    for curve, path in zip((ESSL_CURVE, WHOLE_CURVE), files):
+        labels = {"axis": axis, "value": value, "decoder": curve}
+        arguments = {"alternative": PLAIN_ESSL, "load": replace(load, path=path)}
+        rows.append(Row(labels, LoaderPasses, arguments))
+    for row in rows:
+        row.base = rows[1]
+        row.base_name = "whole decode"
     return rows
+
+
+def plot_axis(panel, rows, axis_name):
+    """Draws the two curves of one axis."""
+    for curve, colour in ((ESSL_CURVE, "tab:orange"), (WHOLE_CURVE, "tab:blue")):
+        points = [row for row in rows if row["axis"] == axis_name and row["decoder"] == curve]
+        speeds = np.array([row["images_s"] for row in points])
+        values = [row["value"] for row in points]
+        panel.errorbar(values, speeds, spread_of(points, speeds), marker="o", markersize=4,
+                       capsize=2, color=colour, label=curve)
+    label, _ = AXES[axis_name]
+    panel.set_xlabel(label)
+    panel.set_ylabel("images/s")
+    panel.grid(alpha=0.3)
+    if axis_name == "picture":  # the number of pixels grows by a factor of 60
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xticks(values, values)
+        panel.set_xticks([], minor=True)
+    else:
+        panel.set_ylim(bottom=0)
+    if axis_name == "threads":
+        panel.set_xticks(values)
 
 
 def plot_scaling(rows, cpu, path):
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     figure.suptitle(f"Images/s as the work grows ({cpu})")
-    panels = axes.flat
-    for axis_name, (label, _) in AXES.items():
-        panel = next(panels)
-        for decoder, colour in ((ESSL_CURVE, "tab:orange"), (WHOLE_CURVE, "tab:blue")):
-            curve = [row for row in rows if (row["axis"], row["decoder"]) == (axis_name, decoder)]
-            speeds = np.array([row["images_s"] for row in curve])
-            spread = np.abs([[row[end] for row in curve] for end in ("min", "max")] - speeds)
-            values = [row["value"] for row in curve]
-            panel.errorbar(values, speeds, spread, marker="o", markersize=4, capsize=2,
-                           color=colour, label=decoder)
-        panel.set_xlabel(label)
-        panel.set_ylabel("images/s")
-        panel.grid(alpha=0.3)
-        if axis_name == "picture":  # pixels grow by 60
-            panel.set_xscale("log")
-            panel.set_yscale("log")
-            panel.set_xticks(values, values)
-            panel.set_xticks([], minor=True)
-        else:
-            panel.set_ylim(bottom=0)
-        if axis_name == "threads":
-            panel.set_xticks(values)
-    last = next(panels)
+    for panel, axis_name in zip(axes.flat, AXES):
+        plot_axis(panel, rows, axis_name)
+    last = axes.flat[-1]
     last.axis("off")
-    last.legend(*panel.get_legend_handles_labels(), loc="upper left", frameon=False)
+    last.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper left", frameon=False)
     usual = (f"Where it is not the axis: pictures of {USUAL['picture']} x "
              f"{USUAL['picture'] * 2 // 3} pixels,\nquality {USUAL['quality']}, 4:2:0, output "
              f"{USUAL['output']} pixels, crops of 0.2 to 1 of\nthe picture, all cores. Line: "
@@ -943,11 +1067,13 @@ def plot_scaling(rows, cpu, path):
 
 
 def bench_scaling(args, sources, report):
+    """Two rows, with and without crop decoding, for each value of each axis."""
     rows = []
     for axis, (_, values) in AXES.items():
         if axis == "threads":
             cores = usable_cores()
-            values = sorted({2 ** k for k in range(cores.bit_length())} | {cores})
+            powers_of_2 = {2 ** k for k in range(cores.bit_length())}
+            values = sorted(powers_of_2 | {cores})
         for value in values:
             rows += measure(args, report, make_scaling_rows(args, sources, axis, value))
     add_table(report, "scaling", rows, hidden=["first_batch_s"])
@@ -956,25 +1082,34 @@ def bench_scaling(args, sources, report):
     report["plots"].append(str(path))
 
 
-# --- all sections
-SECTIONS = {"alternatives": bench_alternatives, "decomposition": bench_decomposition,
-            "compression": bench_compression, "pixels": bench_pixels, "scaling": bench_scaling}
+# --- main
+SECTIONS = {  # they run in the order of --only
+    "alternatives": bench_alternatives,
+    "decomposition": bench_decomposition,
+    "compression": bench_compression,
+    "pixels": bench_pixels,
+    "scaling": bench_scaling}
+
+
+def stop(number, frame):
+    """What SIGINT and SIGTERM do: sys.exit runs the `finally` of main."""
+    sys.exit("bench_loader: it was stopped by a signal.")
 
 
 def main(args):
-    for number in (signal.SIGINT, signal.SIGTERM):  # sys.exit runs the `finally` below
-        signal.signal(number, lambda *_: sys.exit("bench_loader: stopped"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="bench_loader-") as folder:
-        tempfile.tempdir = folder  # for what libraries leave behind when a process is ended
+        tempfile.tempdir = folder  # libraries leave files behind when their process is ended
         try:
             for path in (args.json, args.plot):
                 path.parent.mkdir(parents=True, exist_ok=True)
             report = start_report(args)
             sources = Sources(args, folder)
-            report["data"] = {"images": len(sources.ids),
-                              "bytes_an_image": int(sources.data.sizes[sources.ids].mean())}
+            sizes = sources.data.sizes[sources.ids]
+            report["data"] = {"images": len(sizes), "bytes_an_image": int(sizes.mean())}
             print(f"{report['hardware']['cpu']}, {args.num_workers} threads or processes, "
-                  f"{len(sources.ids)} images", flush=True)
+                  f"{len(sizes)} images", flush=True)
             for section in args.only:
                 SECTIONS[section](args, sources, report)
                 write_report(args.json, report)

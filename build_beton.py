@@ -1,18 +1,24 @@
-"""Turns pictures into a .beton file that ESSL, and FFCV, load.
+"""Turns pictures into a .beton file, which ESSL and FFCV load.
 
     python build_beton.py --data-dir imagenet/train --out data/train_500_95.beton
-    python build_beton.py --demo              # draws data/demo_train.beton and data/demo_val.beton
+    python build_beton.py --demo    # draws data/demo_train.beton and data/demo_val.beton
     python build_beton.py --verify data/train.beton --exclude-bad
 
-SOURCE is a folder of class folders, of class tars or of pictures; a .tar of any of these; a
-WebDataset .tar, a .parquet, a folder of these or a pattern for them ("parquet/train-*.parquet", in
-quotes); or a .beton, of FFCV's too: its samples are copied as they are and get the index by which
-the loader finds a crop. Nothing is unpacked. Every file and label is taken, or counted and named in
-the second line; pictures without any label get -1. Beside FILE.beton come FILE.beton.json (class
-names, settings) and FILE.beton.names (each picture's path in its source).
+SOURCE, which follows --data-dir, is one of these:
+  * a folder of class folders, of class tars or of pictures
+  * a .tar of any of these, or a WebDataset .tar
+  * a .parquet file
+  * a folder of .tar or .parquet files, or a pattern for them, in quotes: "parquet/train-*.parquet"
+  * a .beton, which FFCV may have written. Its samples are copied as they are, and each gets the
+    index by which the loader finds a crop
 
---demo takes 10 s on two EPYC cores. Exit code 2: the input is bad; 1: anything else. First and last
-lines:
+Nothing is unpacked. Every file and every label is taken, or it is counted and named in the second
+line. Pictures get the label -1 if no picture has a label. Two files lie beside FILE.beton:
+FILE.beton.json holds the class names and the settings, and FILE.beton.names holds the path of each
+picture in its source.
+
+--demo takes 10 s on two EPYC cores. The exit code is 2 if the input is bad, and 1 after any other
+fault. The first, second and last line look like this:
 found: class folders: 320 pictures in 5 classes (daisy, dandelion, ... tulips)
 not taken: nothing
 x.beton: 320 images, 5 classes, 24.2 MB, 320 re-encoded, 0 left out, 0 not taken, 1.2 s \
@@ -23,11 +29,11 @@ import codecs
 import contextlib
 import csv
 import ctypes
+import errno
 import fcntl
 import functools
 import glob
 import io
-import itertools
 import json
 import math
 import os
@@ -39,6 +45,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,102 +63,284 @@ from essl_loader import (ALLOC, ARCHIVES, ESSL, FIELD, HEADER, HIDDEN_FILE, LABE
                          is_intact, is_sidecar, list_folder, names_of, one_name, picture_endings,
                          remove_index, sidecar_of, tables_checksum, usable_cores)
 
-JPEG = 0  # a sample's mode in the file; the other one is raw RGB
+JPEG = 0  # a sample's mode in the file; the other mode is raw RGB
+PAGE_SIZE = 8 << 20  # FFCV's default
+FORMAT_VERSION = 2  # FFCV's
+NUM_FIELDS = 2  # of a sample: the picture and the label
+IMAGE_FIELD = 2  # FFCV's numbers for a picture and for a whole number
+INTEGER_FIELD = 1
 COMMON_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".gif")  # picture_endings has all
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")  # parquet columns
+# Names of columns, in the order in which they are preferred
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")  # in a parquet
 FILE_NAMES = ("file", "filename", "file_name", "filepath", "file_path", "path", "image", "img",
               "image_name", "image_path", "img_path", "image_id", "imageid", "picture", "photo",
-              "name", "id", "key")  # of columns that hold file names in a file of labels
-INDEX_NAMES = ("", "unnamed: 0", "index")  # of columns that count the lines
-# Reasons why something is not taken, for one and for several; more are in essl_loader
+              "name", "id", "key")  # in a file of labels, where a cell names a picture's file
+INDEX_NAMES = ("", "unnamed: 0", "index")  # in a file of labels, where a column counts the lines
+# Reasons why something is not taken, for one and for several; essl_loader has the others
 IN_HIDDEN_FOLDER = ("file in a hidden folder", "files in hidden folders")
 LABEL_ALONE = ("label without a picture", "labels without a picture")
 LINE_ALONE = ("label of a picture that is not there", "labels of pictures that are not there")
-OTHER_LABEL = ("label of the source, where --labels counts", "labels of the source, where --labels "
-               "counts")
+OTHER_LABEL = ("label of the source, where --labels counts",
+               "labels of the source, where --labels counts")
 TABLE = ("table without pictures", "tables without pictures")
+
+LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json; a larger file describes more than a picture
+MAX_LINKS = 40  # how many links in a row Linux follows
+# Errors of a disk or a network: they end the build, and --skip-bad leaves no picture out for them
+DISK_ERRORS = (errno.ENOENT, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.ESTALE)
 RESAMPLING = {"turbojpeg": Image.Resampling.BOX, "pil": Image.Resampling.BICUBIC}
+EXIF_ORIENTATION = 0x0112
+# libjpeg-turbo 3's turbojpeg.h
+TJINIT_TRANSFORM = 2
+TJPARAM_STOPONWARNING = 0
+TJXOPT_COPYNONE = 64
+TJXOPT_OPTIMIZE = 256
+TJTRANSFORM = np.dtype([("region", "4i4"), ("operation", "i4"), ("options", "i4"), ("data", "u8"),
+                        ("filter", "u8")])
+
 COLOURS = {"red": (220, 50, 40), "yellow": (230, 200, 50), "green": (60, 180, 70),
            "blue": (50, 100, 225), "purple": (170, 70, 200)}
 SIDES = {"triangle": 3, "disc": 60}
+DEMO_SETS = (("train", 1000), ("val", 200))  # names and numbers of pictures
 DEMO_CLASSES = [f"{colour}_{shape}" for colour in COLOURS for shape in SIDES]
 
 
+# --- arguments
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data-dir", type=Path, nargs="+", metavar="SOURCE",
-                      help="build from this; see above")
-    what.add_argument("--demo", action="store_true", help="draw a small train and val set instead")
-    what.add_argument("--verify", type=Path, metavar="FILE", help="check every byte of a .beton")
-    add("--exclude-bad", action="store_true", help="with --verify: loaders leave bad samples out")
-    add("--out", type=Path, help="the .beton to write; two files about it go beside it")
-    add("--out-dir", type=Path, default=Path("data"), help="folder for --demo (default: data)")
+    action = p.add_mutually_exclusive_group(required=True)
+    action.add_argument("--data-dir", type=Path, nargs="+", metavar="SOURCE",
+                        help="build a file from SOURCE, which is explained above")
+    action.add_argument("--demo", action="store_true",
+                        help="draw a small training set and a small validation set")
+    action.add_argument("--verify", type=Path, metavar="FILE", help="check every byte of a .beton")
+    add("--exclude-bad", action="store_true",
+        help="note the bad samples that --verify finds, so that loaders leave them out")
+    add("--out", type=Path, help="write this .beton; two files about it are written beside it")
+    add("--out-dir", type=Path, default=Path("data"),
+        help="write the files of --demo into this folder (default: data)")
     add("--labels", type=Path, metavar="FILE",
-        help="a text or csv file of file names and classes: one-hot and Kaggle's boxes too")
-    add("--classes", type=Path, metavar="FILE", help="number classes as this .beton does")
-    add("--unlabelled", action="store_true", help="take no labels: all get -1")
+        help="read the labels from a text or csv file of file names and classes; one-hot columns "
+             "and Kaggle's boxes are understood")
+    add("--classes", type=Path, metavar="FILE",
+        help="give the classes the numbers that they have in this .beton")
+    add("--unlabelled", action="store_true",
+        help="ignore all labels and class folders; each picture gets the label -1")
     add("--columns", nargs=2, metavar=("IMAGE", "LABEL"),
-        help="of a .parquet (default: by type and known names)")
-    add("--lossless", action="store_true", help="keep JPEGs within --max-resolution as they are")
-    add("--max-resolution", type=int, default=500, help="longest side in pixels (default: 500)")
-    add("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default: 95)")
-    add("--chroma", choices=("420", "444"), default="420", help="chroma sampling (default: 420)")
+        help="name the columns of a .parquet (default: find them by their types and names)")
+    add("--lossless", action="store_true",
+        help="keep a JPEG as it is if --max-resolution allows its size")
+    add("--max-resolution", type=int, default=500,
+        help="shrink pictures whose longest side has more pixels than this (default: 500)")
+    add("--quality", type=int, default=95,
+        help="compress JPEGs with this quality, from 1 to 100 (default: 95)")
+    add("--chroma", choices=("420", "444"), default="420",
+        help="store colours with this sampling (default: 420)")
     add("--codec", choices=tuple(RESAMPLING), default="turbojpeg",
-        help="turbojpeg shrinks by area, as FFCV does; pil by bicubic (default: turbojpeg)")
-    add("--num-workers", type=int, default=0, help="processes; 0: all usable cores (default: 0)")
-    add("--skip-bad", action="store_true", help="leave unreadable pictures out, do not fail")
-    add("--limit", type=int, default=0, help="build only so many pictures; 0: all (default: 0)")
-    args = p.parse_args([re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word)
-                         for word in (sys.argv[1:] if argv is None else argv)])
-    if args.data_dir and len(args.data_dir) > 1:
-        p.error("--data-dir takes one SOURCE. Put a pattern in quotes, else the shell puts many "
-                'files in its place: --data-dir "parquet/train-*.parquet".')
+        help="shrink by area as FFCV does (turbojpeg), or by bicubic (pil) (default: turbojpeg)")
+    add("--num-workers", type=int, default=0,
+        help="use this number of processes; 0 means all usable cores (default: 0)")
+    add("--skip-bad", action="store_true",
+        help="leave out pictures that cannot be read; without it, such a picture is an error")
+    add("--limit", type=int, default=0,
+        help="build this number of pictures, evenly chosen; 0 means all (default: 0)")
+    words = sys.argv[1:] if argv is None else argv
+    args = p.parse_args([with_hyphens(word) for word in words])
+    check_args(p, args)
     args.data_dir = args.data_dir[0] if args.data_dir else None
-    if args.unlabelled and (args.labels or args.classes):
-        p.error("--unlabelled takes no labels: leave out --labels and --classes.")
-    if args.data_dir and (args.out is None or args.out.suffix != ".beton"):
-        p.error(f"--data-dir needs --out FILE.beton, found --out {args.out}.")
-    if args.data_dir and args.data_dir.suffix == ".beton":
-        encoding = ("lossless", "max_resolution", "quality", "chroma", "codec")
-        flags = [f"--{name.replace('_', '-')}" for name in encoding
-                 if getattr(args, name) != p.get_default(name)]
-        if flags:
-            p.error(f"The samples of {args.data_dir} are copied as they are. Leave out "
-                    f"{', '.join(flags)}, or build from the pictures.")
-    if not (1 <= args.quality <= 100 and 1 <= args.max_resolution <= 65500 and args.limit >= 0):
-        p.error("--quality goes from 1 to 100, --max-resolution from 1 to 65500, --limit from 0.")
     return args
 
 
-# --- sources: where the pictures lie
-# Each kind of picture has a path (of the folder or file that it is in), a name there, a label, and
-# read(), its bytes. label: a number, a class's name, None if it has none; at last -1 for none.
-class FilePicture(NamedTuple):
-    """A file of its own in the folder `path`."""
+def with_hyphens(word):
+    """A word of the command line: --batch_size becomes --batch-size, and a value stays."""
+    flag, equals, value = word.partition("=")
+    if flag.startswith("--"):
+        flag = flag.replace("_", "-")
+    return flag + equals + value
+
+
+def check_args(p, args):
+    """Ends with exit code 2 and a message if flags do not fit together."""
+    if args.data_dir and len(args.data_dir) > 1:
+        p.error("--data-dir takes one SOURCE. If you gave a pattern, put it in quotes, because the "
+                "shell replaces it by the names of files: --data-dir \"parquet/train-*.parquet\".")
+    if args.unlabelled and (args.labels or args.classes):
+        p.error("--unlabelled ignores all labels. Remove it, or remove --labels and --classes.")
+    if args.data_dir and (args.out is None or args.out.suffix != ".beton"):
+        p.error(f"--data-dir needs --out FILE.beton, but --out is {args.out}.")
+    if args.data_dir and args.data_dir[0].suffix == ".beton":
+        changed = []
+        for name in ("lossless", "max_resolution", "quality", "chroma", "codec"):
+            if getattr(args, name) != p.get_default(name):
+                changed.append(with_hyphens(f"--{name}"))
+        if changed:
+            p.error(f"The samples of {args.data_dir[0]} are copied as they are. Remove "
+                    f"{', '.join(changed)}, or build from the pictures.")
+    if not 1 <= args.quality <= 100:
+        p.error(f"--quality is {args.quality}, but it must lie between 1 and 100.")
+    if not 1 <= args.max_resolution <= 65500:  # JPEG's limit
+        p.error(f"--max-resolution is {args.max_resolution}, but it must lie between 1 and 65500.")
+    if args.limit < 0:
+        p.error(f"--limit is {args.limit}, but it must not be negative.")
+
+
+# --- sources: which files hold the pictures
+@contextlib.contextmanager
+def name_in_errors(path):
+    """Puts the name of the archive that a block reads before the block's errors."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}.") from None
+    except Exception as error:  # pyarrow raises anything on a damaged file
+        raise DataError(f"{path}: {error}. The file may be incomplete or compressed: copy it "
+                        "again, or unpack it.") from error
+
+
+def is_beton(source):
+    """Whether SOURCE is a .beton, whose samples are copied."""
+    return source.suffix == ".beton" and source.is_file()
+
+
+def root_of(source):
+    """Where the names of pictures begin: at SOURCE, or at the last folder before a wildcard."""
+    if source.exists():
+        return source
+    folder = Path()
+    for part in source.parts:
+        if glob.has_magic(part):
+            break
+        folder /= part
+    return folder
+
+
+def list_source(source, not_taken):
+    """(folder, pictures, archives): the files of SOURCE, as paths from the folder.
+
+    SOURCE is a folder, a .tar, a .parquet or a pattern for such files. In a folder, list_folder
+    decides what is taken, at any depth.
+    """
+    if source.is_dir():
+        return source, *list_folder(source, not_taken)
+    if source.exists():
+        folder = source.parent
+        files = [source]
+    else:
+        folder = root_of(source)
+        files = sorted(Path(name) for name in glob.glob(str(source)))
+    if not files:
+        raise DataError(f"{source}: there is no such file or folder. Check the path.")
+    archives = []
+    for file in files:
+        if file.is_file() and ending_of(file.name) in ARCHIVES:
+            archives.append(os.path.relpath(file, folder))
+        else:
+            not_taken.add(OTHER_ENDING, ending_of(file.name) or "no ending")
+    if not archives:
+        raise DataError(f"{source}: expected a folder, or .tar or .parquet files, but found "
+                        f"{not_taken}. Unpack the file if it is compressed.")
+    return folder, [], archives
+
+
+def keep_tables_of_pictures(folder, tables, tars, columns, not_taken):
+    """The parquet files that hold pictures. The others are counted in not_taken.
+
+    For example, img2dataset writes 00000.parquet, which holds URLs, beside 00000.tar.
+    """
+    kept = []
+    for name in tables:
+        image_column = None
+        belongs_to_tar = os.path.splitext(name)[0] + ".tar" in tars
+        if not belongs_to_tar:
+            with name_in_errors(folder / name):
+                schema = parquet.read_schema(folder / name)
+                image_column, _ = choose_columns(schema, columns)
+        if image_column is None:
+            not_taken.add(TABLE, name)
+        else:
+            kept.append(name)
+    return kept
+
+
+def check_one_kind(source, folder, loose, tars, tables, not_taken):
+    """Raises DataError if SOURCE holds no pictures, or if it holds them in several ways."""
+    kinds = []
+    for kind, names in (("pictures", loose), (".tar", tars), (".parquet", tables)):
+        if names:
+            kinds.append(f"{len(names):,} {kind} ({min(names)})")
+    if len(kinds) > 1:
+        archive = (tars + tables)[0]
+        raise DataError(f"{source} holds {' and '.join(kinds)}, but a build takes only one of "
+                        "these kinds. Move the other ones away. Or, if you want only the archives, "
+                        f'give a pattern, in quotes: --data-dir "{folder}/*{ending_of(archive)}".')
+    if not kinds:
+        raise DataError(f"{source} holds no picture ({' '.join(COMMON_ENDINGS)} ...), no .tar and "
+                        f"no .parquet with a column of bytes. Not taken: {not_taken}. Give the "
+                        "folder or the archive that holds the pictures.")
+
+
+def check_one_set(folder, archives):
+    """Raises DataError if archives are of several sets, by the words train, val, test in names."""
+    archives_of = {}  # {"train", "val" or "test": [(archive, the word in its name)]}
+    for name in archives:
+        words = [word for word in re.findall("[a-z]+", name.lower()) if word in SETS]
+        if words:
+            archives_of.setdefault(SETS[words[0]], []).append((name, words[0]))
+    if len(archives_of) < 2:
+        return
+    counts = []
+    commands = []
+    for set_name, named in archives_of.items():
+        first_archive, word = named[0]
+        counts.append(f"{len(named):,} of {set_name} ({first_archive})")
+        patterns = {re.sub("[0-9]+", "*", name) for name, _ in named}
+        pattern = patterns.pop()
+        if patterns:  # one pattern of numbers does not fit all
+            pattern = f"*{word}*"
+        commands.append(f'--data-dir "{folder}/{pattern}"')
+    raise DataError(f"{folder} holds archives of several sets: {' and '.join(counts)}. Build one "
+                    f"set at a time: {' or '.join(commands)}.")
+
+
+# --- pictures: one class for each place where a picture can lie
+@dataclass(slots=True)
+class Picture:
+    """A picture of SOURCE.
+
+    path: the folder or the file that holds it. name: its path in there. label: a class's name, a
+    number, or None if it has none; number_classes turns it into the number of a class.
+    """
 
     path: str
     name: str
     label: int | str | None
+
+    @property
+    def title(self):
+        """How messages call it."""
+        return f"{self.path}/{self.name}"
+
+
+@dataclass(slots=True)
+class FilePicture(Picture):
+    """A file in the folder `path`."""
 
     def read(self):
         file = os.path.join(self.path, self.name)
         try:
             return Path(file).read_bytes()
         except FileNotFoundError:
-            if os.path.islink(file):  # not a disk's fault: --skip-bad leaves it out
+            if os.path.islink(file):  # the picture is bad, not the disk: --skip-bad leaves it out
                 raise DataError(f"a broken link, to {os.readlink(file)}") from None
             raise
 
 
-class MemberPicture(NamedTuple):
-    """`size` bytes from byte `start` on of the tar `path`."""
+@dataclass(slots=True)
+class MemberPicture(Picture):
+    """A member of the tar `path`: `size` bytes from byte `start` on."""
 
-    path: str
-    name: str
-    label: int | str | None
     start: int
     size: int
 
@@ -161,266 +350,294 @@ class MemberPicture(NamedTuple):
             return file.read(self.size)
 
 
-class RowPicture(NamedTuple):
-    """A row of a row group of the parquet file `path`."""
+@dataclass(slots=True)
+class RowPicture(Picture):
+    """A cell of the parquet file `path`: `row` counts within the row group `group`."""
 
-    path: str
-    name: str
-    label: int | str | None
     group: int
     row: int
     column: str
 
     def read(self):
         value = read_row_group(self.path, self.group, self.column)[self.row].as_py()
-        if isinstance(value, dict):  # Hugging Face's is a struct
+        if isinstance(value, dict):  # Hugging Face's struct of bytes and path
             value = value["bytes"]
         if value is None:
             raise DataError("this row holds no bytes of a picture")
         return value
 
 
-class MissingPicture(NamedTuple):
-    """A name without a picture, which the build reports as it does a damaged one."""
+@dataclass(slots=True)
+class MissingPicture(Picture):
+    """A name without a picture. The build treats it as a picture that cannot be read."""
 
-    path: str
-    name: str
-    label: int | str | None
     reason: str
 
     def read(self):
         raise DataError(self.reason)
 
 
-class SamplePicture(NamedTuple):
-    """Sample `index` of the .beton `path`, which is copied without being decoded."""
+@dataclass(slots=True)
+class SamplePicture(Picture):
+    """Sample `index` of the .beton `path`. It is copied and not decoded."""
 
-    path: str
-    name: str
-    label: int | str | None
     index: int
 
 
-class DrawnPicture(NamedTuple):
-    """A picture of the demo."""
+@dataclass(slots=True)
+class DrawnPicture(Picture):
+    """Picture `index` of the demo's training set (split 0) or validation set (split 1)."""
 
-    path: str
-    name: str
-    label: int
     split: int
     index: int
 
 
 @functools.lru_cache(1)
 def read_row_group(path, group, column):
-    """The picture column of a parquet file's row group."""
+    """The column of pictures of one row group. The last group read stays in memory."""
     return parquet.ParquetFile(path).read_row_group(group, [column], use_threads=False)[column]
 
 
-# --- sources: one function for each layout
-def find_in_folder(root, names):
-    """Yields the pictures `names` of a folder. Labels: none yet, see folder_classes."""
-    for name in names:
-        yield FilePicture(str(root), name, None)
+@functools.cache
+def known_endings():
+    """picture_endings(), which is slow, once."""
+    return picture_endings()
 
 
-def parse_label(value):
-    """A label as a number, a class's name or None (no value, no text, -1). Else DataError."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise DataError(f"the label {value!r} is not in UTF-8") from None
-    if isinstance(value, str):
-        value = one_name(value.strip())
-        if value.isascii() and value.isdecimal():  # most of millions
-            return int(value)
-        whole = re.fullmatch(r"([+-]?\d+)(\.0*)?", value)
-        if re.fullmatch(r"[+-]?\d+([\s,;]+[+-]?\d+)+", value):
-            raise DataError(f"the label {value!r} is several numbers: a picture has one class")
-        if re.fullmatch(r"[+-]?\d*\.\d+", value) and not whole:
-            raise DataError(f"the label {value!r} is a number that is not whole")
-        if not whole:
-            return value or None
-        value = int(whole[1])
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        if not value.is_integer():
-            raise DataError(f"the label {value!r} is a number that is not whole")
-    elif value is not None and not isinstance(value, int):
-        raise DataError(f"the label {value!r} is a {type(value).__name__}, not a number or a name: "
-                        "a picture has one class")
-    if value is None or value == -1:
-        return None
-    if value < 0:
-        raise DataError(f"the label {value!r} is negative: classes count from 0, -1 means none")
-    return int(value)
+def has_picture_ending(name):
+    """Whether a file's name has the ending of a picture."""
+    return ending_of(name) in known_endings()
 
 
-def find_label_in_json(data):
-    """The label in WebDataset's KEY.json: the first of LABEL_NAMES, or None."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"it is not JSON ({error})") from None
-    for name in LABEL_NAMES:
-        if isinstance(content, dict) and name in content:
-            return parse_label(content[name])
-    return None
+# --- pictures in a tar
+def find_in_tar(file, path, with_labels, not_taken, start=0, folder=""):
+    """Yields the pictures of the tar `file`, which begins at byte `start` of the file `path`.
+
+    A tar within the tar counts as a folder of its name. Its pictures' names begin with `folder`.
+    Tars that follow in the same file, as `cat` joins them, count as more of the first. Raises
+    TarError if a tar is damaged or cut short: tarfile alone would take that for its end.
+    """
+    offset = 0
+    while offset is not None:
+        file.seek(offset)
+        content = TarContent(file, path, with_labels, not_taken, start, folder)
+        for member in tqdm(content.tar, folder or str(path), unit=" files", leave=False,
+                           disable=None):
+            content.tar.members.clear()  # tarfile would keep 1 kB for each member
+            content.add(member)
+        content.follow_links(offset)
+        content.find_labels()
+        yield from content.pictures
+        offset = find_next_tar(file, content.tar.offset, start)
 
 
-AMBIGUOUS = object()  # in the place of a label
-LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json; a larger one describes more than a picture
+class TarContent:
+    """What one tar holds: pictures, links to pictures and labels. add() fills it.
+
+    The arguments are those of find_in_tar.
+    """
+
+    def __init__(self, file, path, with_labels, not_taken, start, folder):
+        self.file = file
+        self.path = path
+        self.with_labels = with_labels
+        self.not_taken = not_taken
+        self.start = start
+        self.folder = folder
+        self.class_prefix = f"{path.stem}_"
+        self.tar = tarfile.TarFile(fileobj=file)
+        self.pictures = []
+        self.links = {}  # {name of a link: name of what it leads to}
+        self.labels = MemberLabels()
+
+    def name_of(self, path):
+        """The name of what lies at `path`, which begins with the folder of the tar.
+
+        The members of ImageNet's n01440764.tar are called n01440764_*: such a tar is a class, so
+        its members lie in a folder of the tar's name.
+        """
+        name = relative_path(path)
+        if name.startswith(self.class_prefix) and not self.folder:
+            name = f"{self.path.stem}/{name}"
+        return name
+
+    def add(self, member):
+        """Takes a member, or counts it in not_taken."""
+        name = self.name_of(self.folder + member.name)
+        ending = ending_of(name)
+        is_picture = has_picture_ending(name)
+        is_link = member.islnk() or member.issym()
+        hidden = hidden_part(name)
+        if member.isdir():
+            if not hidden:
+                self.not_taken.folders.add(name)
+        elif hidden == name:
+            self.not_taken.add(HIDDEN_FILE, name, pictures=int(is_picture))
+        elif hidden:
+            self.not_taken.add(IN_HIDDEN_FOLDER, hidden, pictures=int(is_picture))
+        elif is_picture and is_link:
+            self.links[name] = self.target_of(member)
+        elif is_picture and member.issparse():
+            self.pictures.append(
+                MissingPicture(str(self.path), name, None, "it is stored as a sparse file"))
+        elif not member.isreg():
+            self.not_taken.add(SPECIAL_FILE, name, pictures=int(is_picture))
+        elif is_picture:
+            self.add_picture(name, member.offset_data, member.size)
+        elif ending == ".tar":
+            self.pictures += find_in_tar(self.tar.extractfile(member), self.path, self.with_labels,
+                                         self.not_taken, self.start + member.offset_data,
+                                         folder=os.path.splitext(name)[0] + "/")
+        else:
+            self.add_other(name, ending, member)
+
+    def add_picture(self, name, begin, size):
+        """begin: the byte of the tar at which the picture begins."""
+        self.pictures.append(MemberPicture(str(self.path), name, None, self.start + begin, size))
+
+    def add_other(self, name, ending, member):
+        """Takes a label, or counts a file that is none."""
+        label = None
+        may_be_label = ending in self.labels.by_stem and member.size < LARGEST_LABEL
+        if may_be_label and self.with_labels:
+            self.file.seek(member.offset_data)
+            label = read_member_label(name, ending, self.file.read(member.size))
+        if label is None:
+            self.not_taken.folders.add(os.path.dirname(name))
+            self.not_taken.add(OTHER_ENDING, ending or "no ending")
+        else:
+            self.labels.add(name, ending, label)
+
+    def target_of(self, link):
+        """The name of the member that a link leads to."""
+        base = self.folder
+        if link.issym():  # its target counts from where the link lies
+            base = os.path.dirname(self.folder + link.name)
+        return self.name_of(os.path.join(base, link.linkname))
+
+    def follow_links(self, offset):
+        """Takes links as the pictures that they lead to: a second pass over the tar at `offset`."""
+        if not self.links:
+            return
+        targets = {}  # {name of a link: name of the member at the end of the chain of links}
+        for name, target in self.links.items():
+            for _ in range(MAX_LINKS):
+                target = self.links.get(target, target)
+            targets[name] = target
+        wanted = set(targets.values())
+        places = {}  # {name of a member: (where it begins, its size)}
+        self.file.seek(offset)
+        tar = tarfile.TarFile(fileobj=self.file)
+        for member in tar:
+            tar.members.clear()
+            name = self.name_of(self.folder + member.name)
+            if name in wanted and member.isreg():
+                places[name] = (member.offset_data, member.size)
+        for name, target in targets.items():
+            if target in places:
+                self.add_picture(name, *places[target])
+            else:
+                reason = f"a broken link, to {self.links[name]}"
+                self.pictures.append(MissingPicture(str(self.path), name, None, reason))
+
+    def find_labels(self):
+        """Gives the pictures their labels, and counts the labels that no picture has."""
+        if self.labels.is_empty():
+            return
+        for picture in self.pictures:
+            if picture.label is None:  # an inner tar has found those of its pictures
+                picture.label = self.labels.find(picture.name)
+        self.labels.count_unused(self.not_taken)
+
+
+AMBIGUOUS = object()  # stands for a label where files give several
 
 
 class MemberLabels:
-    """The labels in a tar: KEY.cls, or the label in KEY.json, is that of KEY.jpg.
+    """The labels of a tar: K.cls, or a label in K.json, is the label of K.jpg.
 
-    A key ends at the last dot, so that a.1.cls belongs to a.1.jpg. Where there is none for it, it
-    ends at the first dot of the base name, as in WebDataset: K.cls belongs to K.image.jpg, and
-    K.target.cls to K.jpg. KEY.cls goes before KEY.json.
+    A file's stem is its name up to the last dot: a.1.cls belongs to a.1.jpg. Where that finds
+    nothing, WebDataset's key decides, which ends at the first dot of the base name: K.cls belongs
+    to K.image.jpg, and K.target.cls to K.jpg. A .cls is preferred to a .json.
     """
 
     def __init__(self):
-        self.by_ending = {".cls": {}, ".json": {}}  # {key to the last dot: label}
-        self.short = {}  # {key to the first dot: label}, of labels whose key to the last is longer
-        self.used = set()
+        self.by_stem = {".cls": {}, ".json": {}}  # {ending: {stem: label}}
+        self.by_key = {}  # {key: label}, of files whose stem is longer than their key
+        self.used = set()  # stems and keys
 
     @staticmethod
-    def first_dot(key):
-        """A key up to the first dot of its base name."""
-        dot = key.find(".", key.rfind("/") + 1)
-        return key if dot < 0 else key[:dot]
+    def key_of(stem):
+        """WebDataset's key: the stem up to the first dot of its base name."""
+        dot = stem.find(".", stem.rfind("/") + 1)
+        return stem if dot < 0 else stem[:dot]
+
+    def is_empty(self):
+        return not any(self.by_stem.values())
 
     def add(self, name, ending, label):
-        """Of the file `name`, which ends in .cls or .json: a label, or what is wrong with it."""
-        key = name[:-len(ending)]
-        if self.by_ending[ending].setdefault(key, label) != label:
-            raise DataError(f"{name} is there twice, with two labels")
-        short = self.first_dot(key)
-        if short != key and self.short.setdefault(short, label) != label:
-            self.short[short] = AMBIGUOUS  # said where a picture needs it
+        """Keeps the label of the file `name`; in its place may stand the DataError for it."""
+        stem = name[:-len(ending)]
+        if self.by_stem[ending].setdefault(stem, label) != label:
+            raise DataError(f"{name} is there twice, with two labels. Remove one of the two")
+        key = self.key_of(stem)
+        if key != stem and self.by_key.setdefault(key, label) != label:
+            self.by_key[key] = AMBIGUOUS  # an error only if a picture needs it
 
     def find(self, name):
-        """The label of the picture `name`, or None. DataError if it is none, or one of two."""
-        key = name[:name.rindex(".")]
-        short = self.first_dot(key)
-        for labels in self.by_ending.values():
-            for known in (key, short):
-                if known in labels:
-                    self.used.add(known)
-                    if isinstance(labels[known], DataError):
-                        raise labels[known]
-                    return labels[known]
-        if short != key or short not in self.short:  # a.2.jpg does not take the label of a.1.cls
+        """The label of the picture `name`, or None. Raises DataError for one that is not clear."""
+        stem = name[:name.rindex(".")]
+        key = self.key_of(stem)
+        for labels in self.by_stem.values():
+            for wanted in (stem, key):
+                if wanted in labels:
+                    self.used.add(wanted)
+                    if isinstance(labels[wanted], DataError):
+                        raise labels[wanted]
+                    return labels[wanted]
+        has_longer_stem = key != stem  # a.2.jpg does not take the label of a.1.cls
+        if has_longer_stem or key not in self.by_key:
             return None
-        self.used.add(short)
-        if self.short[short] is AMBIGUOUS:
-            raise DataError(f"{name} has two labels, in files {short}.*.cls")
-        return self.short[short]
+        self.used.add(key)
+        if self.by_key[key] is AMBIGUOUS:
+            raise DataError(f"{name} has two labels, in files {key}.*.cls. Remove one of the two")
+        return self.by_key[key]
 
     def count_unused(self, not_taken):
-        if len(self.used) == sum(map(len, self.by_ending.values())):
-            return
-        for ending, labels in self.by_ending.items():
-            for key in labels:
-                if key in self.used or self.first_dot(key) in self.used:
+        """Counts the labels that no picture has."""
+        for ending, labels in self.by_stem.items():
+            for stem, label in labels.items():
+                if stem in self.used or self.key_of(stem) in self.used:
                     continue
-                if isinstance(labels[key], DataError):  # a .json of another kind
+                if isinstance(label, DataError):  # a .json that holds something else
                     not_taken.add(OTHER_ENDING, ending)
                 else:
-                    not_taken.add(LABEL_ALONE, key + ending)
+                    not_taken.add(LABEL_ALONE, stem + ending)
 
 
-def find_in_tar(file, path, with_labels, not_taken, start=0, folder=""):
-    """Yields the pictures of the tar `file`, which begins at byte `start` of `path`.
-
-    Tars in it are read as folders of their names, tars that follow it in the file (as cat joins
-    them) as more of it. ImageNet's n01440764.tar, whose members are called n01440764_*, is a folder
-    of its name. Hard and symbolic links count as what they lead to. Labels: see MemberLabels.
-    Raises TarError where the tar is damaged or cut short, which tarfile takes for the end.
-    """
-    endings = picture_endings()
-    prefix = f"{path.stem}_"
-
-    def titled(name):
-        """A member's name, in a folder where the tar is a class."""
-        return f"{path.stem}/{name}" if name.startswith(prefix) and not folder else name
-    end = 0
-    while end is not None:
-        file.seek(end)
-        tar = tarfile.TarFile(fileobj=file)
-        pictures = []
-        links = {}  # name of a picture: where its link leads
-        labels = MemberLabels()
-        for member in tqdm(tar, folder or str(path), unit=" files", leave=False, disable=None):
-            tar.members.clear()  # else it keeps 1 kB for each
-            name = titled(member_name(folder + member.name))
-            ending = ending_of(name)
-            begin = member.offset_data
-            hidden = hidden_part(name)
-            if member.isdir():
-                if not hidden:
-                    not_taken.folders.add(name)
-            elif hidden == name:
-                not_taken.add(HIDDEN_FILE, name, pictures=ending in endings)
-            elif hidden:
-                not_taken.add(IN_HIDDEN_FOLDER, hidden, pictures=ending in endings)
-            elif ending in endings and (member.islnk() or member.issym()):
-                near = os.path.dirname(folder + member.name) if member.issym() else folder
-                links[name] = titled(member_name(os.path.join(near, member.linkname)))
-            elif ending in endings and member.issparse():
-                pictures.append(MissingPicture(str(path), name, None, "is stored as a sparse file"))
-            elif not member.isreg():
-                not_taken.add(SPECIAL_FILE, name, pictures=ending in endings)
-            elif ending in endings:
-                pictures.append(MemberPicture(str(path), name, None, start + begin, member.size))
-            elif ending == ".tar":
-                inner = tar.extractfile(member)
-                inner_folder = os.path.splitext(name)[0] + "/"
-                pictures += find_in_tar(inner, path, with_labels, not_taken, start + begin,
-                                        inner_folder)
-            else:
-                label = None
-                if with_labels and ending in labels.by_ending and member.size < LARGEST_LABEL:
-                    file.seek(begin)
-                    label = read_member_label(name, ending, file.read(member.size))
-                if label is None:
-                    not_taken.folders.add(os.path.dirname(name))
-                    not_taken.add(OTHER_ENDING, ending or "no ending")
-                else:
-                    labels.add(name, ending, label)
-        if links:
-            places = find_places(file, end, lambda name: titled(member_name(folder + name)), links)
-            for name, place in places.items():
-                if place:
-                    begin, size = place
-                    pictures.append(MemberPicture(str(path), name, None, start + begin, size))
-                else:
-                    reason = f"a broken link, to {links[name]}"
-                    pictures.append(MissingPicture(str(path), name, None, reason))
-        if any(labels.by_ending.values()):
-            for i, picture in enumerate(pictures):
-                if picture.label is None:
-                    pictures[i] = picture._replace(label=labels.find(picture.name))
-            labels.count_unused(not_taken)
-        yield from pictures
-        end = find_next_tar(file, tar.offset, start)
+def read_member_label(name, ending, data):
+    """The label in a tar's K.cls or K.json, or None, or the DataError that says what is wrong."""
+    try:
+        if ending == ".cls":
+            return parse_label(data)
+        return find_label_in_json(data)
+    except DataError as error:
+        return DataError(f"{name}: {error}. Correct it, or ignore all labels by --unlabelled")
 
 
-def member_name(name):
-    """A member's path, relative also where it is absolute or leads out of the tar."""
-    name = os.path.normpath(name).lstrip("/")
-    while name.startswith("../"):
-        name = name[3:]
-    return name
+def relative_path(path):
+    """A path without "." and "..", also if it is absolute or leads out of the tar."""
+    path = os.path.normpath(path).lstrip("/")
+    while path.startswith("../"):
+        path = path[3:]
+    return path
 
 
 def hidden_part(name):
-    """A member's path up to what is hidden in it, or ""."""
-    if not (name.startswith(".") or "/." in name or any(map(name.__contains__, SYSTEM_FOLDERS))):
-        return ""  # at once, for millions of members
+    """A member's name up to its first hidden folder or file, or ""."""
+    has_dot = name.startswith(".") or "/." in name
+    if not has_dot and not any(folder in name for folder in SYSTEM_FOLDERS):
+        return ""  # a quick answer for nearly all of a million members
     parts = name.split("/")
     for i, part in enumerate(parts):
         if is_hidden(part):
@@ -428,41 +645,15 @@ def hidden_part(name):
     return ""
 
 
-def read_member_label(name, ending, data):
-    """The label in a member KEY.cls or KEY.json, None, or a DataError that names it."""
-    try:
-        return parse_label(data) if ending == ".cls" else find_label_in_json(data)
-    except DataError as error:
-        return DataError(f"{name}: {error}. Mend it, or add --unlabelled")
-
-
-def find_places(file, begin, named, links):
-    """{name: (start, size) in the file, or None} of what links {name: target} in a tar lead to.
-
-    A second pass over the tar that begins at byte `begin`. named(member's name) is as in links.
-    """
-    targets = {}
-    for name, target in links.items():
-        for _ in range(40):  # a link may lead to a link, as many as Linux follows
-            target = links.get(target, target)
-        targets[name] = target
-    wanted = set(targets.values())
-    places = {}
-    file.seek(begin)
-    tar = tarfile.TarFile(fileobj=file)
-    for member in tar:
-        tar.members.clear()
-        name = named(member.name)
-        if name in wanted and member.isreg():
-            places[name] = (member.offset_data, member.size)
-    return {name: places.get(target) for name, target in targets.items()}
-
-
 def find_next_tar(file, offset, start):
-    """Where the next tar in the file begins, behind the zeros that end this one, or None."""
+    """The byte of `file` at which the next tar begins, or None.
+
+    offset: where this tar ends. Zeros lie between them.
+    """
     file.seek(offset)
     if file.read(512) != bytes(512):
-        raise tarfile.ReadError(f"neither a file nor the end at byte {start + offset:,}")
+        raise tarfile.ReadError(f"neither a file nor the end of the tar is at byte "
+                                f"{start + offset:,}")
     while data := file.read(1 << 20):
         zeros = len(data) - len(data.lstrip(b"\0"))
         if zeros < len(data):
@@ -470,91 +661,124 @@ def find_next_tar(file, offset, start):
     return None
 
 
+# --- pictures in a parquet file
 def holds_pictures(field):
-    """Whether a parquet column holds bytes, or Hugging Face's struct of bytes and path."""
+    """Whether a column holds bytes, or Hugging Face's struct of bytes and path."""
     kind = field.type
     if types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and holds_pictures(kind.field("bytes"))
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
-def choose_columns(schema, columns):
-    """The names of a parquet file's columns of pictures and labels; None for one that it has not.
+def first_known(known, names):
+    """The first of the known names that is in `names`, or None."""
+    for name in known:
+        if name in names:
+            return name
+    return None
 
-    columns: --columns, or None. Of several columns of bytes the first of IMAGE_NAMES holds the
-    pictures. Labels are the first column of LABEL_NAMES, else the only one that Hugging Face's
-    types call a class. DataError where that does not decide.
+
+def choose_columns(schema, columns):
+    """(column of pictures, column of labels) of a parquet file. None stands for a missing one.
+
+    columns: those of --columns, or None.
     """
-    if columns:
-        missing = set(columns) - set(schema.names)
-        if missing:
-            raise DataError(f"it has no column {', '.join(sorted(missing))}, only "
-                            f"{', '.join(schema.names)}. Change --columns")
-        if not holds_pictures(schema.field(columns[0])):
-            raise DataError(f"its column {columns[0]} holds no bytes. Change --columns")
-        return columns
-    images = [field.name for field in schema if holds_pictures(field)]
-    image = next((name for name in IMAGE_NAMES if name in images), None)
-    if image is None and len(images) > 1:
-        raise DataError(f"which of its columns {', '.join(images)} holds the pictures? Add "
-                        "--columns IMAGE LABEL")
-    if image is None and images:
-        image = images[0]
+    if not columns:
+        image = choose_image_column(schema)
+        return image, choose_label_column(schema, image)
+    missing = set(columns) - set(schema.names)
+    if missing:
+        raise DataError(f"it has no column {', '.join(sorted(missing))}, only "
+                        f"{', '.join(schema.names)}. Change --columns")
+    if not holds_pictures(schema.field(columns[0])):
+        raise DataError(f"its column {columns[0]} holds no bytes. Change --columns")
+    return tuple(columns)
+
+
+def choose_image_column(schema):
+    """The only column of bytes, or of several the first of IMAGE_NAMES."""
+    columns = [field.name for field in schema if holds_pictures(field)]
+    if len(columns) < 2:
+        return columns[0] if columns else None
+    column = first_known(IMAGE_NAMES, columns)
+    if column is None:
+        raise DataError(f"it is not clear which of its columns {', '.join(columns)} holds the "
+                        "pictures. Add --columns IMAGE LABEL")
+    return column
+
+
+def choose_label_column(schema, image):
+    """The first of LABEL_NAMES, or else the only column that Hugging Face's types call a class."""
     names = [name for name in schema.names if name != image]
-    label = next((name for name in LABEL_NAMES if name in names), None)
-    if label is None:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-        features = info.get("features", {})
-        classes = [name for name in names if isinstance(features.get(name), dict)
-                   and features[name].get("_type") == "ClassLabel"]
-        if len(classes) > 1:
-            raise DataError(f"which of its columns {', '.join(classes)} holds the labels? Add "
-                            "--columns IMAGE LABEL")
-        label = classes[0] if classes else None
-    return image, label
+    column = first_known(LABEL_NAMES, names)
+    if column is not None:
+        return column
+    metadata = schema.metadata or {}
+    info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
+    features = info.get("features", {})
+    columns = []
+    for name in names:
+        feature = features.get(name)
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            columns.append(name)
+    if len(columns) > 1:
+        raise DataError(f"it is not clear which of its columns {', '.join(columns)} holds the "
+                        "labels. Add --columns IMAGE LABEL")
+    return columns[0] if columns else None
 
 
 def find_in_parquet(path, columns, with_labels):
-    """Yields the pictures of a parquet file, row by row, with the labels of a column.
+    """Yields the pictures of a parquet file, row by row.
 
-    A picture's name is its row, and behind a slash the path that Hugging Face's struct may give.
+    A picture's name is "row N", and after a slash the path that Hugging Face's struct gives.
     """
     file = parquet.ParquetFile(path)
-    schema = file.schema_arrow
-    image, label = choose_columns(schema, columns)
-    has_paths = types.is_struct(schema.field(image).type)
-    has_paths = has_paths and schema.field(image).type.get_field_index("path") >= 0
-    wanted = [f"{image}.path"] if has_paths else []
-    if with_labels and label:
-        wanted.append(label)
+    image_column, label_column = choose_columns(file.schema_arrow, columns)
+    image_type = file.schema_arrow.field(image_column).type
+    has_paths = types.is_struct(image_type) and image_type.get_field_index("path") >= 0
+    has_labels = with_labels and label_column is not None
+    wanted = []  # small columns alone: RowPicture reads the pictures
+    if has_paths:
+        wanted.append(f"{image_column}.path")
+    if has_labels:
+        wanted.append(label_column)
     number = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
-        table = file.read_row_group(group, wanted) if wanted else None
-        labels = [None] * count
         paths = [None] * count
+        labels = [None] * count
+        if wanted:
+            table = file.read_row_group(group, wanted)
         if has_paths:
-            paths = [value and value["path"] for value in table[image].to_pylist()]
-        if with_labels and label:
-            labels = table[label].to_pylist()
+            structs = table[image_column].to_pylist()
+            paths = [struct["path"] if struct else None for struct in structs]
+        if has_labels:
+            labels = table[label_column].to_pylist()
         for row in range(count):
-            name = f"row {number}" + (f"/{paths[row]}" if paths[row] else "")
-            number += 1
+            name = f"row {number}"
             try:
-                value = parse_label(labels[row])
+                label = parse_label(labels[row])
             except DataError as error:
-                raise DataError(f"row {number - 1}, column {label}: {error}. Give another column "
-                                "by --columns, or add --unlabelled") from None
-            yield RowPicture(str(path), name, value, group, row, image)
+                raise DataError(f"{name}, column {label_column}: {error}. Name another column by "
+                                "--columns, or ignore all labels by --unlabelled") from None
+            if paths[row]:
+                name += f"/{paths[row]}"
+            yield RowPicture(str(path), name, label, group, row, image_column)
+            number += 1
 
 
+# --- pictures in a .beton
 @functools.lru_cache(1)
 def open_beton(path):
+    """A BetonReader, which stays open for the next sample."""
     return BetonReader(path)
 
 
 def find_in_beton(path, classes):
-    """Yields the samples of a .beton, in its order. Labels are places in `classes`, if not None."""
+    """Yields the samples of a .beton, in its order.
+
+    A label is the class's name in `classes`, or the number itself if that has no such place.
+    """
     reader = open_beton(str(path))
     for i, number in enumerate(reader.labels.tolist()):
         name = reader.names[i] if reader.names else f"sample {i}"
@@ -564,158 +788,176 @@ def find_in_beton(path, classes):
         yield SamplePicture(str(path), name, label, i)
 
 
-# --- sources: which layout it is
-def root_of(source):
-    """Where names of pictures count from: --data-dir, of a pattern the folders before it."""
-    if source.exists():
-        return source
-    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), source.parts))
+# --- pictures of a source
+class Listing(NamedTuple):
+    """The pictures of SOURCE, with the labels that it gives itself.
 
-
-def list_source(source, not_taken):
-    """(pictures, archives) of --data-dir, as paths from its folder.
-
-    A source is a folder, a .tar, a .parquet or a pattern such as "shards/train-*.tar" for these.
-    Of what is in a folder, at any depth, list_folder says what counts.
+    kind: what SOURCE is, in words. class_root: the folders above the class folders, with which all
+    names begin, such as "ILSVRC/train/", or ""; None if folders are no classes in such a source.
     """
-    if source.is_dir():
-        return list_folder(source, not_taken)
-    files = [source]
-    folder = source.parent
-    if not source.exists():
-        files = sorted(Path(name) for name in glob.glob(str(source)))
-        folder = root_of(source)
-    if not files:
-        raise DataError(f"{source}: there is no such file or folder.")
-    archives = []
-    for file in files:
-        if file.is_file() and ending_of(file.name) in ARCHIVES:
-            archives.append(os.path.relpath(file, folder))
-        else:
-            not_taken.add(OTHER_ENDING, ending_of(file.name) or "no ending")
-    if not archives:
-        raise DataError(f"{source}: expected a folder, or .tar or .parquet files, and found "
-                        f"{not_taken}. Unpack what is compressed.")
-    return [], archives
+
+    pictures: list
+    kind: str
+    class_root: str | None
 
 
-def check_one_set(root, archives):
-    """Raises DataError, with patterns to give, for archives of train, val or test together."""
-    of_set = {}  # "train", "val" or "test": the archives whose names hold such a word
-    for name in archives:
-        words = [word for word in re.findall("[a-z]+", name.lower()) if word in SETS]
-        if words:
-            of_set.setdefault(SETS[words[0]], []).append((name, words[0]))
-    if len(of_set) < 2:
-        return
-    found = []
-    ways = []
-    for kind, names in of_set.items():
-        found.append(f"{len(names):,} of {kind} ({names[0][0]})")
-        patterns = {re.sub("[0-9]+", "*", name) for name, _ in names}
-        if len(patterns) > 1:
-            patterns = {f"*{names[0][1]}*"}
-        ways.append(f'--data-dir "{root}/{patterns.pop()}"')
-    raise DataError(f"{root} holds archives of several sets: {' and '.join(found)}. Build one set "
-                    f"at a time: {' or '.join(ways)}.")
+def find_pictures(source, columns, with_labels, not_taken, known_classes=None):
+    """A Listing of SOURCE. Raises DataError if it is of two kinds, or of none.
 
-
-def keep_tables_of_pictures(root, tables, tars, columns, not_taken):
-    """Those of the parquet files that hold pictures; others are counted.
-
-    img2dataset writes 00000.parquet, the URLs, beside 00000.tar.
+    known_classes: the names in the file of --classes, which a .beton without names takes.
     """
-    kept = []
-    for name in tables:
-        path = root / name
-        image = None
-        if os.path.splitext(name)[0] + ".tar" not in tars:
-            with naming(path):
-                image, _ = choose_columns(parquet.read_schema(path), columns)
-        if image is None:
-            not_taken.add(TABLE, name)
-        else:
-            kept.append(name)
-    return kept
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Errors in a block name the archive that it reads."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{path}: {error}.") from None
-    except Exception as error:  # pyarrow raises anything on a damaged file
-        raise DataError(f"{path}: {error}. Is it complete, and not compressed?") from error
-
-
-def find_pictures(source, columns, with_labels, not_taken, known=None):
-    """(pictures, the source in words, folders that all lie in, or None if folders mean nothing).
-
-    A label is what the source itself gives (KEY.cls, a column, a .beton's class, by its name or
-    that in `known`, the classes of --classes), or None. Pictures are in
-    ImageFolder's order, but those of tables, of tars with labels and of several tars without
-    folders stay in theirs. DataError for a source of two kinds, or of none.
-    """
-    if source.suffix == ".beton" and source.is_file():
-        classes = open_beton(str(source)).classes or known
-        return list(find_in_beton(source, classes)), "a .beton", None
-    loose, archives = list_source(source, not_taken)
-    root = root_of(source)
-    if source.is_file():
-        root = source.parent
+    if is_beton(source):
+        classes = open_beton(str(source)).classes or known_classes
+        return Listing(list(find_in_beton(source, classes)), "a .beton", None)
+    folder, loose, archives = list_source(source, not_taken)
     archives.sort(key=Path)
     tars = [name for name in archives if ending_of(name) == ".tar"]
     tables = [name for name in archives if ending_of(name) == ".parquet"]
-    tables = keep_tables_of_pictures(root, tables, tars, columns, not_taken)
-    halves = [f"{len(names):,} {kind} ({min(names)})" for kind, names in (
-        ("pictures", loose), (".tar", tars), (".parquet", tables)) if names]
-    if len(halves) > 1:
-        raise DataError(f"{source} holds {' and '.join(halves)}: which of them are the data? Move "
-                        "what is not data out of it. Or, if the archives are the data, name only "
-                        "them by a pattern, with its quotes: --data-dir "
-                        f'"{root}/*{ending_of((tars + tables)[0])}".')
-    if not halves:
-        raise DataError(f"{source} holds no picture ({' '.join(COMMON_ENDINGS)} ...), no .tar and "
-                        f"no .parquet with a column of bytes. Not taken: {not_taken}.")
+    tables = keep_tables_of_pictures(folder, tables, tars, columns, not_taken)
+    check_one_kind(source, folder, loose, tars, tables, not_taken)
     if loose:
-        pictures = list(find_in_folder(root, loose))
-        pictures.sort(key=lambda picture: folder_order(picture.name))
-        return pictures, "a folder", ""
+        loose.sort(key=folder_order)
+        return Listing([FilePicture(str(folder), name, None) for name in loose], "a folder", "")
+    if tables:
+        listing = list_tables(folder, tables, columns, with_labels)
+    else:
+        listing = list_tars(folder, tars, with_labels, not_taken)
+    if not listing.pictures:
+        raise DataError(f"{source} holds no picture. Not taken: {not_taken}. Give the folder or "
+                        "the archive that holds the pictures.")
+    return listing
+
+
+def count_files(names, one):
+    """How many files of a kind there are, in words."""
+    ending = "" if len(names) == 1 else "s"
+    return f"{len(names):,} {one}{ending}"
+
+
+def list_tables(folder, tables, columns, with_labels):
+    """A Listing of parquet files: the pictures stay in the order of the rows."""
     pictures = []
     for name in tables:
-        with naming(root / name):
-            pictures += find_in_parquet(root / name, columns, with_labels)
+        with name_in_errors(folder / name):
+            pictures += find_in_parquet(folder / name, columns, with_labels)
+    check_one_set(folder, tables)
+    image_column, label_column = choose_columns(parquet.read_schema(folder / tables[0]), columns)
+    used = f"column {image_column}"
+    if label_column and with_labels:
+        used = f"columns {image_column} and {label_column}"
+    return Listing(pictures, f"{count_files(tables, 'parquet file')} ({used})", None)
+
+
+def list_tars(folder, tars, with_labels, not_taken):
+    """A Listing of tars.
+
+    The pictures are sorted as torchvision's ImageFolder sorts them if their folders can be
+    classes. With labels beside them, or in several tars without folders, they stay in the tars'
+    order.
+    """
+    pictures = []
     for name in tars:
-        with naming(root / name), open(root / name, "rb") as file:
-            pictures += find_in_tar(file, root / name, with_labels, not_taken)
+        with name_in_errors(folder / name), open(folder / name, "rb") as file:
+            pictures += find_in_tar(file, folder / name, with_labels, not_taken)
     if not pictures:
-        raise DataError(f"{source} holds no picture. Not taken: {not_taken}.")
-    several = "s" if len(tars + tables) > 1 else ""
-    if tables:
-        check_one_set(root, tables)
-        image, label = choose_columns(parquet.read_schema(root / tables[0]), columns)
-        read = f"columns {image} and {label}" if label and with_labels else f"column {image}"
-        return pictures, f"{len(tables):,} parquet file{several} ({read})", None
-    folder_of = {str(root / name): f"{Path(name).stem}/" for name in tars}
-    if not all(picture.name.startswith(folder_of[picture.path]) for picture in pictures):
-        check_one_set(root, tars)
-    words = f"{len(tars):,} tar{several}"
+        return Listing([], "", None)
+    class_folder = {str(folder / name): f"{Path(name).stem}/" for name in tars}
+    are_class_tars = all(picture.name.startswith(class_folder[picture.path])
+                         for picture in pictures)
+    if not are_class_tars:
+        check_one_set(folder, tars)
+    kind = count_files(tars, "tar")
     folders = {os.path.dirname(picture.name) for picture in pictures}
     if any(picture.label is not None for picture in pictures):
-        return pictures, f"WebDataset labels in {words}", ""
+        return Listing(pictures, f"WebDataset labels in {kind}", "")
     if len(tars) > 1 and "" in folders:
-        return pictures, words, ""
-    top = os.path.commonpath(folders)  # a tar's may all lie in ILSVRC/Data/CLS-LOC/train
-    top = f"{top}/" if top else ""
-    pictures.sort(key=lambda picture: folder_order(picture.name, top))
-    return pictures, words, top
+        return Listing(pictures, kind, "")
+    class_root = os.path.commonpath(folders)  # as ILSVRC/Data/CLS-LOC/train in Kaggle's tar
+    if class_root:
+        class_root += "/"
+
+    def order(picture):
+        return folder_order(picture.name, class_root)
+    pictures.sort(key=order)
+    return Listing(pictures, kind, class_root)
 
 
-# --- labels
+# --- labels: what counts as one
+def parse_label(value):
+    """A label as a number, as a class's name, or None if there is none: no value, no text, or -1.
+
+    Raises DataError, which says what is wrong with the value, for anything else.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise DataError(f"the label {value!r} is not in UTF-8") from None
+    if isinstance(value, str):
+        text = one_name(value.strip())
+        value = number_in(text)
+        if value is None:
+            return text or None
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if not value.is_integer():
+            raise DataError(f"the label {value!r} is a number that is not whole")
+        value = int(value)
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int):
+        raise DataError(f"the label {value!r} is a {type(value).__name__}, not a number or a name: "
+                        "a picture has one class")
+    if value < 0:
+        raise DataError(f"the label {value!r} is negative: classes count from 0, -1 means none")
+    return int(value)  # a bool becomes 0 or 1
+
+
+def number_in(text):
+    """The whole number that a text is, or None. 3.0 is one; 0.5 and "1 2" are errors."""
+    if text.isascii() and text.isdecimal():  # a quick answer for nearly all of a million labels
+        return int(text)
+    if re.fullmatch(r"[+-]?\d+([\s,;]+[+-]?\d+)+", text):
+        raise DataError(f"the label {text!r} is several numbers: a picture has one class")
+    whole = re.fullmatch(r"([+-]?\d+)(\.0*)?", text)
+    if whole:
+        return int(whole[1])
+    if re.fullmatch(r"[+-]?\d*\.\d+", text):
+        raise DataError(f"the label {text!r} is a number that is not whole")
+    return None
+
+
+def find_label_in_json(data):
+    """The label in WebDataset's KEY.json: the value of the first of LABEL_NAMES, or None."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"it is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        return None
+    name = first_known(LABEL_NAMES, content)
+    return None if name is None else parse_label(content[name])
+
+
+# --- labels: the file of --labels
+class LabelTable(NamedTuple):
+    """The content of a file of labels.
+
+    rows: (number of the line, cells), without the header. file_column: the number of the column of
+    file names. label_column: that of the labels, or None where each class has a column of 0 and 1:
+    then class_columns is {number of the column: class}. columns: these columns, in words.
+    """
+
+    rows: list
+    file_column: int
+    label_column: int | None
+    class_columns: dict
+    columns: str
+
+
 def read_text(path):
-    """A text file in UTF-8, or in UTF-16 if it says so. DataError for anything else."""
+    """A text file in UTF-8, or in UTF-16 if it begins with its mark."""
     data = path.read_bytes()
     encoding = "utf-8-sig"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -727,316 +969,450 @@ def read_text(path):
         raise DataError(f"{path}: line {line} is not in {error.encoding}. Save the file as "
                         "UTF-8.") from None
     if "\0" in text:
-        raise DataError(f"{path}: it is not text in UTF-8. Save it as UTF-8.")
+        raise DataError(f"{path} is not a text in UTF-8. Save the file as UTF-8.")
     return text
 
 
-def picture_key(name, endings):
-    """What a picture is known by in a file of labels: its path without the picture's ending."""
+def stem_of(name):
+    """By what a picture and its line in a file of labels are matched: the path without ending."""
     name = one_name(name.strip().replace("\\", "/").removeprefix("./"))
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in endings else name
+    if has_picture_ending(name):
+        return os.path.splitext(name)[0]
+    return name
 
 
-def base_of(key):
-    return key.rpartition("/")[2]
+def base_of(stem):
+    """A stem without its folders."""
+    return stem.rpartition("/")[2]
 
 
-def split_at_spaces(line, endings):
-    """[file name, label] of a line without a separator of its own, else [line]."""
+def split_rows(path, names_picture):
+    """The rows of a file of labels, [(number of the line, cells)], of two cells or more each.
+
+    The separator is the first of tab, comma, semicolon and bar that is in all lines and that makes
+    some cell name a picture, or else spaces. Quotes work as in csv.
+    """
+    text = read_text(path)
+    lines = {number: line for number, line in enumerate(text.splitlines(), start=1)
+             if line.strip()}
+    if not lines:
+        raise DataError(f"{path} is empty: expected lines of a file name and a class.")
+    separated = None  # by the first separator that is in all lines
+    for separator in "\t,;|":
+        if not all(separator in line for line in lines.values()):
+            continue
+        rows = split_at(path, text, separator)
+        for _, cells in rows:
+            if any(names_picture(cell) for cell in cells):
+                return rows
+        separated = separated or rows
+    rows = [(number, split_at_spaces(line)) for number, line in lines.items()]
+    bad_rows = [row for row in rows if len(row[1]) != 2]
+    if not bad_rows:
+        return rows
+    if separated:
+        return separated
+    number, cells = bad_rows[0]
+    raise DataError(f"{path}: line {number}: expected a file name and one class, but found "
+                    f"{cells[0]!r}. Put a comma between them, and put a name that holds a comma "
+                    "in quotes.")
+
+
+def split_at(path, text, separator):
+    """The rows of a text by csv's rules, without empty lines."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True,
+                        skipinitialspace=True)
+    rows = []
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                rows.append((reader.line_num, cells))
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}. Correct the quotes.") from None
+    return rows
+
+
+def split_at_spaces(line):
+    """[file name, label] of a line that spaces, commas or semicolons separate, or else [line]."""
     words = next(csv.reader([line.replace("\t", " ")], delimiter=" ", skipinitialspace=True))
     words = [word for word in words if word]
     if len(words) == 2:
         return [words[0].rstrip(",;"), words[1]]
-    for match in re.finditer(r"[\s,;]+", line.strip()):  # a file name with spaces ends in .jpg
-        name = line.strip()[:match.start()]
-        label = line.strip()[match.end():]
-        is_name = os.path.splitext(name)[1].lower() in endings
-        if is_name and (len(label.split()) == 1 or first_of_boxes(label)):
+    line = line.strip()
+    for gap in re.finditer(r"[\s,;]+", line):  # the name may hold spaces: it ends in .jpg
+        name = line[:gap.start()]
+        label = line[gap.end():]
+        is_word = len(label.split()) == 1
+        if has_picture_ending(name) and (is_word or first_of_boxes(label) is not None):
             return [name, label]
-    words = re.split(r"[,;\s]+", line.strip(), maxsplit=1)
-    if len(words) == 2 and (re.fullmatch(r"[^,;\s]+", words[1]) or first_of_boxes(words[1])):
-        return words
+    words = re.split(r"[,;\s]+", line, maxsplit=1)
+    if len(words) == 2:
+        label = words[1]
+        is_word = re.fullmatch(r"[^,;\s]+", label) is not None
+        if is_word or first_of_boxes(label) is not None:
+            return words
     return [line]
 
 
 def first_of_boxes(cell):
-    """The class of the first box in Kaggle's LOC_*_solution.csv ("n01440764 1 2 30 40 ..."), or
-    None: a class and four numbers for each box."""
+    """The class of the first box in a cell of Kaggle's LOC_*_solution.csv, or None.
+
+    A cell holds a class and four numbers for each box: "n01440764 1 2 30 40 n01440764 5 6 ...".
+    """
     words = cell.split()
-    numbers = [word for i, word in enumerate(words) if i % 5]
-    if not words or len(words) % 5 or not all(re.fullmatch(r"-?[\d.]+", n) for n in numbers):
+    if not words or len(words) % 5 != 0:
         return None
+    for i, word in enumerate(words):
+        is_class = i % 5 == 0
+        if not is_class and not re.fullmatch(r"-?[\d.]+", word):
+            return None
     return words[0]
 
 
-def read_rows(path, bases, endings):
-    """The rows of a file of labels, [(number of the line, cells)], of two cells or more each.
-
-    The separator is the first of tab, comma, semicolon and bar that all lines have and by which a
-    cell names a picture; else spaces. Quotes are csv's. bases: the pictures' names.
-    """
-    text = read_text(path)
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{path} is empty: expected lines of file name and class.")
-    tables = []
-    for separator in "\t,;|":
-        if not all(separator in line for line in lines):
-            continue
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True,
-                            skipinitialspace=True)
-        try:
-            rows = [(reader.line_num, [cell.strip() for cell in cells])
-                    for cells in reader if any(cell.strip() for cell in cells)]
-        except csv.Error as error:
-            raise DataError(f"{path}: line {reader.line_num}: {error}. Mend its quotes.") from None
-        tables.append(rows)
-        if any(base_of(picture_key(cell, endings)) in bases for _, cells in rows for cell in cells):
-            return rows
-    rows = [(number, split_at_spaces(line, endings))
-            for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if all(len(cells) == 2 for _, cells in rows):
-        return rows
-    if tables:
-        return tables[0]
-    line, cells = next(row for row in rows if len(row[1]) != 2)
-    raise DataError(f"{path}: line {line}: expected a file name and one class, found {cells[0]!r}: "
-                    "put a comma between them, and quotes around a name with a comma.")
+def read_label_table(path, names_picture):
+    """A LabelTable of a file. names_picture(cell) tells whether a cell names a picture."""
+    rows = split_rows(path, names_picture)
+    check_row_lengths(path, rows)
+    first_cells = rows[0][1]
+    if not is_header(first_cells, names_picture):
+        return choose_columns_by_place(path, rows, names_picture)
+    if len(rows) == 1:
+        raise DataError(f"{path} holds only a header: expected lines of a file name and a class.")
+    return choose_columns_by_name(path, first_cells, rows[1:], names_picture)
 
 
-def choose_label_columns(path, rows, names_picture):
-    """(number of the column of file names, that of labels or {column: class}, in words, rows).
-
-    The first line is a header if it names columns of FILE_NAMES and LABEL_NAMES, or one of them
-    and no picture. Then these are the columns, or the only other one; columns of 0 and 1 are
-    one-hot classes. Without a header: file name, then class, perhaps behind a column that counts
-    the lines.
-    """
+def check_row_lengths(path, rows):
+    """Raises DataError if a row has more or fewer cells than the first; empty ones are cut off."""
     count = len(rows[0][1])
-    for line, cells in rows:
-        if len(cells) > count and not any(cells[count:]):
+    for number, cells in rows:
+        if not any(cells[count:]):
             del cells[count:]
         if len(cells) != count:
-            raise DataError(f"{path}: line {line} has {len(cells)} columns, the first one {count}: "
-                            "a picture has one class. Put quotes around a name with a separator.")
-    first = [cell.casefold() for cell in rows[0][1]]
-    known = set(FILE_NAMES) | set(LABEL_NAMES) | set(INDEX_NAMES)
-    has_both = not set(FILE_NAMES).isdisjoint(first) and not set(LABEL_NAMES).isdisjoint(first)
-    has_one = not known.isdisjoint(first) and not any(map(names_picture, rows[0][1]))
-    columns = range(count)
-    if not (has_both or has_one):
-        columns = [column for column in columns if any(cells[column] for _, cells in rows)]
-        numbers = [cells[columns[0]] for _, cells in rows]
-        start = int(numbers[0]) if numbers[0].isdecimal() else 0
-        counts = numbers == [str(start + i) for i in range(len(rows))]
-        if len(columns) == 3 and counts and not any(map(names_picture, numbers)):
+            raise DataError(f"{path}: line {number} has {len(cells)} columns, but the first line "
+                            f"has {count}, and a picture has one class. If a name holds the "
+                            "separator, put it in quotes.")
+
+
+def is_header(cells, names_picture):
+    """Whether the first row names the columns: of files and of labels, or one, but no picture."""
+    names = {cell.casefold() for cell in cells}
+    names_files = not names.isdisjoint(FILE_NAMES)
+    names_labels = not names.isdisjoint(LABEL_NAMES)
+    names_index = not names.isdisjoint(INDEX_NAMES)
+    if names_files and names_labels:
+        return True
+    names_a_column = names_files or names_labels or names_index
+    return names_a_column and not any(names_picture(cell) for cell in cells)
+
+
+def choose_columns_by_place(path, rows, names_picture):
+    """A LabelTable without a header: file name, then class. A column before may count the lines."""
+    count = len(rows[0][1])
+    columns = [column for column in range(count) if any(cells[column] for _, cells in rows)]
+    if len(columns) == 3:
+        first_cells = [cells[columns[0]] for _, cells in rows]
+        start = int(first_cells[0]) if first_cells[0].isdecimal() else 0
+        counts_lines = first_cells == [str(start + i) for i in range(len(rows))]
+        if counts_lines and not any(names_picture(cell) for cell in first_cells):
             columns = columns[1:]
-        if len(columns) != 2:
-            raise DataError(f"{path}: line {rows[0][0]} has {len(columns)} columns: expected a "
-                            "file name and one class, or a first line with the columns' names, "
-                            "such as file,label.")
-        return *columns, "file name, then class", rows
-    header = rows[0][1]
-    rows = rows[1:]
-    if not rows:
-        raise DataError(f"{path} holds a header alone: expected lines of file name and class.")
-    columns = [column for column in columns if first[column] not in INDEX_NAMES]
-    files = [first.index(name) for name in FILE_NAMES if name in first]
-    naming_files = (column for column in files
-                    if any(names_picture(cells[column]) for _, cells in rows))
-    file = next(naming_files, files[0] if files else None)
-    label = next((first.index(name) for name in LABEL_NAMES
-                  if name in first and first.index(name) != file), None)
-    others = [column for column in columns if column not in (file, label)]
-    if file is None and len(others) == 1:
-        file = others[0]
-    elif label is None and len(others) == 1:
-        label = others[0]
-    one_hot = all(cells[column] in ("0", "1", "0.0", "1.0")
-                  for _, cells in rows for column in others)
-    if file is not None and label is None and others and one_hot:
-        classes = {column: header[column] for column in others}
-        return file, classes, f"column {header[file]}, one-hot classes", rows
-    if file is None or label is None:
-        raise DataError(f"{path}: which of its columns {', '.join(header)} are the file name and "
-                        "the class? Call them file and label.")
-    return file, label, f"columns {header[file]} and {header[label]}", rows
+    if len(columns) != 2:
+        raise DataError(f"{path}: line {rows[0][0]} has {len(columns)} columns: expected a file "
+                        "name and one class, or a first line with the columns' names, such as "
+                        "file,label.")
+    file_column, label_column = columns
+    return LabelTable(rows, file_column, label_column, {}, "file name, then class")
 
 
-def label_in_row(cells, label):
-    """A row's label. DataError in words."""
-    if isinstance(label, int):
-        return parse_label(first_of_boxes(cells[label]) or cells[label])
-    marked = [name for column, name in label.items() if float(cells[column]) == 1]
+def choose_columns_by_name(path, header, rows, names_picture):
+    """A LabelTable with a header.
+
+    The names of the columns say which one holds file names, and which one labels. If one of the two
+    has no known name, it is the only column that is left. If several are left and hold 0 and 1
+    alone, each of them is a class.
+    """
+    column_of = {}  # the first column of each name
+    for column, cell in enumerate(header):
+        column_of.setdefault(cell.casefold(), column)
+    file_column = choose_file_column(column_of, rows, names_picture)
+    label_columns = [column_of[name] for name in LABEL_NAMES if name in column_of]
+    label_columns = [column for column in label_columns if column != file_column]
+    label_column = label_columns[0] if label_columns else None
+    others = [column for column, cell in enumerate(header)
+              if cell.casefold() not in INDEX_NAMES and column not in (file_column, label_column)]
+    if file_column is None and len(others) == 1:
+        file_column = others[0]
+    elif label_column is None and len(others) == 1:
+        label_column = others[0]
+    only_labels_missing = file_column is not None and label_column is None and len(others) > 0
+    if only_labels_missing and are_marks(rows, others):
+        class_columns = {column: header[column] for column in others}
+        words = f"column {header[file_column]}, one-hot classes"
+        return LabelTable(rows, file_column, None, class_columns, words)
+    if file_column is None or label_column is None:
+        raise DataError(f"{path}: it is not clear which of its columns {', '.join(header)} are the "
+                        "file name and the class. Call them file and label.")
+    words = f"columns {header[file_column]} and {header[label_column]}"
+    return LabelTable(rows, file_column, label_column, {}, words)
+
+
+def are_marks(rows, columns):
+    """Whether columns hold only 0 and 1: one-hot classes."""
+    for _, cells in rows:
+        if not all(cells[column] in ("0", "1", "0.0", "1.0") for column in columns):
+            return False
+    return True
+
+
+def choose_file_column(column_of, rows, names_picture):
+    """The first column of FILE_NAMES whose cells name pictures, or else the first of FILE_NAMES."""
+    columns = [column_of[name] for name in FILE_NAMES if name in column_of]
+    for column in columns:
+        if any(names_picture(cells[column]) for _, cells in rows):
+            return column
+    return columns[0] if columns else None
+
+
+def label_in_row(table, cells):
+    """The label in a row of a LabelTable. Raises DataError that says what is wrong with it."""
+    if table.label_column is not None:
+        cell = cells[table.label_column]
+        return parse_label(first_of_boxes(cell) or cell)
+    marked = [name for column, name in table.class_columns.items() if float(cells[column]) == 1]
     if len(marked) != 1:
         raise DataError(f"{len(marked)} classes are marked: a picture has one")
     return one_name(marked[0])
 
 
-def read_labels(path, pictures, not_taken):
-    """(label of each picture, columns in words) from a file of labels.
+class Line(NamedTuple):
+    """A line of a file of labels: its number in the file, and the label in it."""
 
-    A line belongs to a picture of its base name, with or without ending; folders count where that
-    leaves a choice. Lines without a picture are counted; DataError where a picture has two labels,
-    or a line two pictures.
+    number: int
+    label: int | str | None
+
+
+def find_lines(path, table):
+    """{base name: {stem: Line}} of a LabelTable. DataError where lines give two labels."""
+    lines_of = {}
+    for number, cells in table.rows:
+        try:
+            line = Line(number, label_in_row(table, cells))
+        except DataError as error:
+            raise DataError(f"{path}: line {number}: {error}. Correct this line.") from None
+        stem = stem_of(cells[table.file_column])
+        first = lines_of.setdefault(base_of(stem), {}).setdefault(stem, line)
+        if first.label != line.label:
+            raise DataError(f"{path}: lines {first.number} and {number} give "
+                            f"{cells[table.file_column]} two labels. Remove one of them.")
+    return lines_of
+
+
+def is_same_path(one, other):
+    """Whether one of two paths is the end of the other."""
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+
+
+def read_labels(path, pictures, not_taken):
+    """Gives pictures the labels of a file, and returns the columns that it used, in words.
+
+    A line belongs to the picture of its base name, with or without ending. Where that leaves a
+    choice, the folders decide. Raises DataError if lines give a picture two labels, or if a line
+    names two pictures. Lines that name no picture are counted.
     """
-    endings = picture_endings()
-    keys = [picture_key(picture.name, endings) for picture in pictures]
-    count_of = Counter(map(base_of, keys))
+    stems = [stem_of(picture.name) for picture in pictures]
+    pictures_with = Counter(base_of(stem) for stem in stems)  # how many have a base name
 
     def names_picture(cell):
-        return base_of(picture_key(cell, endings)) in count_of
-    rows = read_rows(path, count_of, endings)
-    file, label, words, rows = choose_label_columns(path, rows, names_picture)
-    lines_of = {}  # base name: {path: (label, line)}
-    for line, cells in rows:
-        try:
-            value = label_in_row(cells, label)
-        except DataError as error:
-            raise DataError(f"{path}: line {line}: {error}.") from None
-        key = picture_key(cells[file], endings)
-        known = lines_of.setdefault(base_of(key), {})
-        if known.setdefault(key, (value, line))[0] != value:
-            raise DataError(f"{path}: lines {known[key][1]} and {line} give {cells[file]} two "
-                            "labels. Remove one.")
-    labels = []
-    used = {}  # path in the file: the picture that it belongs to
-    for key, picture in zip(keys, pictures):
-        base = base_of(key)
+        return base_of(stem_of(cell)) in pictures_with
+    table = read_label_table(path, names_picture)
+    lines_of = find_lines(path, table)
+    picture_of = {}  # {stem in the file: picture}
+    for stem, picture in zip(stems, pictures):
+        base = base_of(stem)
         lines = lines_of.get(base, {})
-        if len(lines) > 1 or count_of[base] > 1:
-            lines = {name: value for name, value in lines.items()
-                     if f"/{name}".endswith(f"/{key}") or f"/{key}".endswith(f"/{name}")}
+        if len(lines) > 1 or pictures_with[base] > 1:
+            lines = {name: line for name, line in lines.items() if is_same_path(name, stem)}
         for name in lines:
-            if used.setdefault(name, picture) is not picture:
-                raise DataError(f"{path}: {name} may be {used[name].name} or {picture.name}: write "
-                                "it with its folder, as in the source.")
-        if len({value for value, _ in lines.values()}) > 1:
-            numbers = ", ".join(str(line) for _, line in lines.values())
-            raise DataError(f"{path}: lines {numbers} give {picture.name} two labels. Write "
-                            "names with their folders, as in the source.")
-        labels.append(next((value for value, _ in lines.values()), None))
-    if not used:
-        raise DataError(f"{path}: no line names a picture, the first one {rows[0][1]}, as "
-                        f"{pictures[0].name}: expected file name, then class.")
-    if sum(map(len, lines_of.values())) > len(used):
-        for lines in lines_of.values():
-            for name in lines:
-                if name not in used:
-                    not_taken.add(LINE_ALONE, name)
-    return labels, words
+            first = picture_of.setdefault(name, picture)
+            if first is not picture:
+                raise DataError(f"{path}: {name} may be {first.name} or {picture.name}. Write it "
+                                "with its folder, as in the source.")
+        labels = {line.label for line in lines.values()}
+        if len(labels) > 1:
+            numbers = ", ".join(str(line.number) for line in lines.values())
+            raise DataError(f"{path}: lines {numbers} give {picture.name} two labels. Write names "
+                            "with their folders, as in the source.")
+        picture.label = labels.pop() if labels else None
+    if not picture_of:
+        raise DataError(f"{path}: no line names a picture: the first line is {table.rows[0][1]}, "
+                        f"and the first picture {pictures[0].name}. Expected lines of a file name "
+                        "and a class.")
+    for lines in lines_of.values():
+        for name in lines:
+            if name not in picture_of:
+                not_taken.add(LINE_ALONE, name)
+    return table.columns
 
 
-def number_classes(pictures, known):
-    """(pictures with labels 0 to C - 1, class names, in words how numbers were read or "").
+# --- classes
+def number_classes(pictures, known_classes):
+    """Turns labels into numbers 0 to C - 1; returns (C class names, how numbers were read or "").
 
-    known: the class names of --classes, or None. Then a number is the class of that name if all
-    names are numbers, else a place among them. Without, numbers are places, and names are sorted.
+    known_classes: the names in the file of --classes, or None.
     """
-    example = {}  # label: the first picture that has it
+    first_with = {}  # {label: the first picture that has it}
     for picture in pictures:
-        example.setdefault(picture.label, picture)
-    numbers = [label for label in example if isinstance(label, int)]
-    names = [label for label in example if isinstance(label, str)]
-    words = ""
-    if known is not None:
-        number_of = {name: i for i, name in enumerate(known)}
-        if known and all(map(str.isdecimal, known)):
-            number_of |= {int(name): i for i, name in enumerate(known)}
-            words = "numbers are names of classes" if numbers else ""
-        else:
-            number_of |= {i: i for i in range(len(known))}
-            words = "numbers are places in --classes" if numbers else ""
-        classes = known
-    elif numbers and names:
-        ours, theirs = example[numbers[0]], example[names[0]]
-        raise DataError(f"{ours.path}/{ours.name} has the number {ours.label} for a label, and "
-                        f"{theirs.path}/{theirs.name} the name {theirs.label}. Give all pictures "
-                        "numbers or all names, or say which is which by --classes.")
-    elif numbers:
-        classes = [str(number) for number in range(min(max(numbers) + 1, MAX_CLASSES))]
-        number_of = {i: i for i in range(len(classes))}
+        first_with.setdefault(picture.label, picture)
+    reading = ""
+    if known_classes is None:
+        classes, number_of = make_classes(first_with)
     else:
-        classes = sorted(names)
-        number_of = {name: i for i, name in enumerate(classes)}
+        classes = known_classes
+        number_of, reading = read_as_classes(known_classes, first_with)
     if len(classes) > MAX_CLASSES:
-        raise DataError(f"there are {len(classes):,} classes, such as {classes[0]}: are these "
-                        "labels? At most 100,000 are taken; --unlabelled takes none.")
-    for label, picture in example.items():
-        if known is None and isinstance(label, int) and label >= MAX_CLASSES:
-            raise DataError(f"{picture.path}/{picture.name} has the label {label:,}, but numbers "
-                            f"of classes end at {MAX_CLASSES - 1:,}. Is it another number? Give "
-                            "labels by --columns or --labels FILE, or add --unlabelled.")
+        raise DataError(f"there are {len(classes):,} classes, such as {classes[0]}. At most "
+                        f"{MAX_CLASSES:,} are taken. If these are not labels, ignore them by "
+                        "--unlabelled.")
+    for label, picture in first_with.items():
         if label not in number_of:
-            raise DataError(f"{picture.path}/{picture.name} has the label {label!r}, none of the "
-                            f"{len(classes):,} classes. Change it, or use --classes with a file "
-                            "that has it.")
-    return [p._replace(label=number_of[p.label]) for p in pictures], classes, words
+            raise DataError(f"{picture.title} has the label {label!r}, which is none of the "
+                            f"{len(classes):,} classes. Change it, or give --classes a file that "
+                            "has it.")
+    for picture in pictures:
+        picture.label = number_of[picture.label]
+    return classes, reading
+
+
+def make_classes(first_with):
+    """(class names, {label: number}) of {label: picture}: numbers count, names are sorted."""
+    numbers = [label for label in first_with if isinstance(label, int)]
+    names = [label for label in first_with if isinstance(label, str)]
+    if numbers and names:
+        raise DataError(f"{first_with[numbers[0]].title} has the number {numbers[0]} for a label, "
+                        f"but {first_with[names[0]].title} has the name {names[0]}. Give all "
+                        "pictures numbers, or all names, or say which is which by --classes.")
+    if names:
+        classes = sorted(names)
+        return classes, {name: i for i, name in enumerate(classes)}
+    for number in numbers:
+        if number >= MAX_CLASSES:
+            raise DataError(f"{first_with[number].title} has the label {number:,}, but numbers of "
+                            f"classes end at {MAX_CLASSES - 1:,}. If it is a number of something "
+                            "else, choose other labels by --columns or --labels FILE, or ignore "
+                            "them by --unlabelled.")
+    classes = [str(number) for number in range(max(numbers) + 1)]
+    return classes, {number: number for number in range(len(classes))}
+
+
+def read_as_classes(known_classes, labels):
+    """({label: number}, in words how numbers were read) for the classes of --classes.
+
+    A number is the name of a class if all names are numbers. Else it is a class's place.
+    """
+    number_of = {name: i for i, name in enumerate(known_classes)}
+    if known_classes and all(name.isdecimal() for name in known_classes):
+        number_of |= {int(name): i for i, name in enumerate(known_classes)}
+        reading = "numbers are names of classes"
+    else:
+        number_of |= {i: i for i in range(len(known_classes))}
+        reading = "numbers are places in --classes"
+    has_numbers = any(isinstance(label, int) for label in labels)
+    if not has_numbers:
+        reading = ""
+    return number_of, reading
+
+
+def label_by_file(source, pictures, labels_file, not_taken):
+    """Gives pictures the labels of --labels. Returns a remark for the first line."""
+    for picture in pictures:
+        if picture.label is not None:
+            not_taken.add(OTHER_LABEL, picture.name)
+    folders_above = Path(os.path.realpath(labels_file)).parents
+    if Path(os.path.realpath(source)) in folders_above:  # so it was counted as not taken
+        not_taken.take_back(OTHER_ENDING, ending_of(labels_file.name) or "no ending")
+    columns = read_labels(labels_file, pictures, not_taken)
+    return f"labels from {labels_file} ({columns})"
+
+
+def label_by_folders(source, listing, not_taken):
+    """Gives pictures the names of their class folders, if there are any, as labels.
+
+    Returns (what SOURCE is, in words; a remark for the first line, or "").
+    """
+    names = [picture.name for picture in listing.pictures]
+    folders = folder_classes(names, source, not_taken, listing.class_root)
+    if not folders:
+        return listing.kind, ""
+    for picture, folder in zip(listing.pictures, folders):
+        picture.label = folder
+    kind = "class folders"
+    if listing.kind != "a folder":
+        kind = f"class folders in {listing.kind}"
+    for name in names:
+        has_folder_in_class = name.count("/", len(listing.class_root)) > 1
+        if has_folder_in_class:
+            return kind, (f"folders in them are not ({os.path.dirname(name)}); if the first are no "
+                          "classes either, add --unlabelled")
+    return kind, ""
+
+
+def check_all_labelled(pictures, labels_file):
+    """Raises DataError that names the first picture without a label."""
+    missing = [picture for picture in pictures if picture.label is None]
+    if missing:
+        raise DataError(f"{missing[0].title} has no label: {len(missing):,} of {len(pictures):,} "
+                        f"pictures have none. Add them to {labels_file or 'the source'}, or move "
+                        "the pictures without a label away, or build without labels: add "
+                        "--unlabelled and remove --labels.")
 
 
 def find_data(source, labels_file, classes_file, unlabelled=False, columns=None, not_taken=None):
-    """(pictures with labels 0 to C - 1, C class names) of --data-dir; (with labels -1, None)
-    where there is no label. Prints what was found and what not taken. DataError if it is bad.
+    """(pictures with labels 0 to C - 1, C class names) of --data-dir, or (pictures with labels -1,
+    None) if there are no labels. Prints what was found and what was not taken.
 
-    Labels are those of --labels, else of the source itself (KEY.cls, a column), else the folders;
-    --unlabelled takes none of them.
+    Labels are those of --labels, or else of SOURCE itself (K.cls, a column), or else the folders.
+    --unlabelled ignores all of them. Raises DataError if the input is bad.
     """
-    not_taken = NotTaken() if not_taken is None else not_taken
-    known = None
+    if not_taken is None:
+        not_taken = NotTaken()
+    known_classes = None
     if classes_file:
-        known = BetonReader(classes_file.with_suffix(".beton")).classes or []
-    pictures, words, top = find_pictures(source, columns, not unlabelled, not_taken, known)
+        known_classes = BetonReader(classes_file.with_suffix(".beton")).classes or []
+    listing = find_pictures(source, columns, not unlabelled, not_taken, known_classes)
+    pictures = listing.pictures
+    kind = listing.kind
+    remark = ""
+    has_labels = any(picture.label is not None for picture in pictures)
     if unlabelled:
-        pictures = [picture._replace(label=None) for picture in pictures]
-    elif known is None and not labels_file and source.suffix == ".beton":
-        known = open_beton(str(source)).classes
-    labels = [picture.label for picture in pictures]
-    notes = []
-    if labels_file:
         for picture in pictures:
-            if picture.label is not None:
-                not_taken.add(OTHER_LABEL, picture.name)
-        if Path(os.path.realpath(source)) in Path(os.path.realpath(labels_file)).parents:
-            not_taken.take_back(OTHER_ENDING, ending_of(labels_file.name) or "no ending")
-        labels, label_columns = read_labels(labels_file, pictures, not_taken)
-        notes.append(f"labels from {labels_file} ({label_columns})")
-    elif top is not None and not unlabelled and not any(label is not None for label in labels):
-        names = [picture.name for picture in pictures]
-        folders = folder_classes(names, source, not_taken, top)
-        if folders:
-            labels = folders
-            words = "class folders" if words == "a folder" else f"class folders in {words}"
-            deep = next((name for name in names if name[len(top):].count("/") > 1), None)
-            if deep:
-                notes.append(f"folders in them are not ({os.path.dirname(deep)}); if the first "
-                             "are no classes either, add --unlabelled")
-    if any(label is not None for label in labels):
-        missing = [i for i, label in enumerate(labels) if label is None]
-        if missing:
-            picture = pictures[missing[0]]
-            raise DataError(f"{picture.path}/{picture.name} has no label: {len(missing):,} of "
-                            f"{len(labels):,} pictures have none. Add what is missing to "
-                            f"{labels_file or 'the source'}, or move pictures without a label "
-                            "away, or build without any labels: --unlabelled, and no --labels.")
-        pictures = [p._replace(label=label) for p, label in zip(pictures, labels)]
-        pictures, classes, reading = number_classes(pictures, known)
-        notes += [reading] if reading else []
-        what = f"in {len(classes):,} classes ({shorten(classes)})"
+            picture.label = None
+    elif labels_file:
+        remark = label_by_file(source, pictures, labels_file, not_taken)
+    elif not has_labels and listing.class_root is not None:
+        kind, remark = label_by_folders(source, listing, not_taken)
+    if known_classes is None and not labels_file and is_beton(source):
+        known_classes = open_beton(str(source)).classes  # a copy has the same numbers
+    classes = None
+    reading = ""
+    if any(picture.label is not None for picture in pictures):
+        check_all_labelled(pictures, labels_file)
+        classes, reading = number_classes(pictures, known_classes)
+        result = f"in {len(classes):,} classes ({shorten(classes)})"
     else:
         if classes_file:
-            raise DataError(f"{source} has no labels that --classes could number. Leave it out, "
-                            "or give --labels FILE.")
-        pictures = [p._replace(label=-1) for p in pictures]
-        classes = None
-        what = "without labels" if unlabelled else "without labels: none were found"
-    print_text("; ".join([f"found: {words}: {len(pictures):,} pictures {what}", *notes]))
+            raise DataError(f"{source} has no labels that --classes could number. Remove "
+                            "--classes, or add --labels FILE.")
+        for picture in pictures:
+            picture.label = -1
+        result = "without labels" if unlabelled else "without labels: none were found"
+    first_line = [f"found: {kind}: {len(pictures):,} pictures {result}", remark, reading]
+    print_text("; ".join(part for part in first_line if part))
     print_text(f"not taken: {not_taken}")
     return pictures, classes
 
 
 def shorten(names):
-    """Some names of many, in words."""
+    """Some of many names, in words."""
     if len(names) <= 4:
         return ", ".join(names)
     return f"{names[0]}, {names[1]}, ... {names[-1]}"
@@ -1047,23 +1423,7 @@ def print_text(text):
     print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
-# --- pictures: drawn
-def draw_picture(split, index):
-    """A large shape of class index % 10 on shaded ground, 96 to 160 pixels a side."""
-    rng = np.random.default_rng((split, index))
-    colour, shape = DEMO_CLASSES[index % len(DEMO_CLASSES)].split("_")
-    w, h = (2 * rng.integers(96, 161, 2)).tolist()  # drawn at twice the size, for smooth edges
-    shade = Image.linear_gradient("L").rotate(rng.uniform(0, 360)).crop((40, 40, 216, 216))
-    dark, light = rng.integers((30, 140), (100, 220), (3, 2)).T.tolist()
-    picture = ImageOps.colorize(shade.resize((w, h)), dark, light)
-    r = min(w, h) * rng.uniform(0.32, 0.45)
-    x, y = (np.array([w, h]) / 2 + r * rng.uniform(-0.1, 0.1, 2)).tolist()
-    fill = tuple((COLOURS[colour] + rng.integers(-25, 26, 3)).tolist())
-    ImageDraw.Draw(picture).regular_polygon((x, y, r), SIDES[shape], rng.uniform(-15, 15), fill)
-    return picture.reduce(2)
-
-
-# --- encoding, in the worker processes
+# --- encode: a picture becomes a sample, in the worker processes
 class Sample(NamedTuple):
     """What the file keeps of a picture. how: what was done to it, which the last line counts."""
 
@@ -1074,27 +1434,68 @@ class Sample(NamedTuple):
     how: str
 
 
-def compress(picture, quality, chroma):
-    """An RGB image as baseline JPEG bytes with optimised Huffman tables."""
-    buffer = io.BytesIO()
-    picture.info.clear()  # save() would copy the comment of the file that was read
-    # Pillow cannot go on when its buffer is full: noise at quality 100 takes 4 bytes a pixel
-    ImageFile.MAXBLOCK = 65536 + 4 * picture.width * picture.height
-    picture.save(buffer, "JPEG", quality=quality, subsampling=":".join(chroma), optimize=True)
-    return buffer.getvalue()
+def draw_picture(split, index):
+    """A picture of the demo: a large shape on shaded ground, 96 to 160 pixels a side."""
+    rng = np.random.default_rng((split, index))
+    colour, shape = DEMO_CLASSES[index % len(DEMO_CLASSES)].split("_")
+    w, h = (2 * rng.integers(96, 161, 2)).tolist()  # it is halved at the end, for smooth edges
+    shade = Image.linear_gradient("L").rotate(rng.uniform(0, 360)).crop((40, 40, 216, 216))
+    dark, light = rng.integers((30, 140), (100, 220), (3, 2)).T.tolist()
+    image = ImageOps.colorize(shade.resize((w, h)), dark, light)
+    radius = min(w, h) * rng.uniform(0.32, 0.45)
+    x, y = (np.array([w, h]) / 2 + radius * rng.uniform(-0.1, 0.1, 2)).tolist()
+    fill = tuple((COLOURS[colour] + rng.integers(-25, 26, 3)).tolist())
+    rotation = rng.uniform(-15, 15)
+    ImageDraw.Draw(image).regular_polygon((x, y, radius), SIDES[shape], rotation, fill)
+    return image.reduce(2)
 
 
-def make_baseline(progressive, picture):
-    """A progressive JPEG, opened as `picture`, as a baseline one with the same coefficients.
+def index_sample(jpeg, width, height, how):
+    """A Sample of a JPEG with its index, or without it for restart markers or a rare sampling.
+
+    Without an index libjpeg-turbo has to decode it later: None if it finds a fault in it.
+    """
+    data, has_index = add_index(jpeg, width, height)
+    if not has_index:
+        how += " without index"
+        code, pixels = decode_jpeg(jpeg, width, height)
+        _, stored_pixels = decode_jpeg(data, width, height)
+        # Where more bytes follow, it reads some damage in another way, and does not warn
+        if code != OK or not np.array_equal(pixels, stored_pixels):
+            return None
+    return Sample(data, JPEG, width, height, how)
+
+
+def copy_sample(path, i):
+    """Sample i of another .beton. A JPEG gets a new index. ValueError if it is damaged."""
+    reader = open_beton(path)
+    data = reader.read(i)
+    mode = int(reader.modes[i])
+    width = int(reader.widths[i])
+    height = int(reader.heights[i])
+    if mode != JPEG:
+        return Sample(data, mode, width, height, "raw copied")
+    if is_intact(data):
+        data = remove_index(data)
+    elif reader.settings:  # a file of ours, where each sample has a checksum
+        raise ValueError("its bytes do not match their checksum")
+    sample = index_sample(data, width, height, "copied")
+    if sample is None:
+        raise ValueError("its JPEG data are damaged")
+    return sample
+
+
+def make_baseline(progressive, image):
+    """The bytes of a progressive JPEG, opened as `image`, as a baseline JPEG of the same pixels.
 
     None if libjpeg-turbo finds a fault in it.
     """
     lib = bind()
     lib.tj3Init.restype = ctypes.c_void_p
-    handle = ctypes.c_void_p(lib.tj3Init(2))  # TJINIT_TRANSFORM
-    lib.tj3Set(handle, 0, 1)  # TJPARAM_STOPONWARNING
-    options = 64 + 256  # TJXOPT_COPYNONE + TJXOPT_OPTIMIZE
-    transform = np.array([((0,) * 4, 0, options, 0, 0)], "4i4, i4, i4, u8, u8")  # tjtransform
+    handle = ctypes.c_void_p(lib.tj3Init(TJINIT_TRANSFORM))
+    lib.tj3Set(handle, TJPARAM_STOPONWARNING, 1)
+    transform = np.zeros(1, TJTRANSFORM)
+    transform["options"] = TJXOPT_COPYNONE + TJXOPT_OPTIMIZE
     buffer = ctypes.c_void_p()
     size = ctypes.c_size_t()
     failed = lib.tj3Transform(handle, progressive, ctypes.c_size_t(len(progressive)), 1,
@@ -1103,122 +1504,141 @@ def make_baseline(progressive, picture):
     jpeg = ctypes.string_at(buffer, size.value)
     lib.tj3Free(buffer)
     lib.tj3Destroy(handle)
-    # Where scans are missing, decoders smooth the progressive picture but not the baseline one
-    if failed or Image.open(io.BytesIO(jpeg)).tobytes() != picture.tobytes():
+    # Where scans are missing, decoders smooth the progressive image but not the baseline one
+    if failed or Image.open(io.BytesIO(jpeg)).tobytes() != image.tobytes():
         return None
     return jpeg
 
 
-def keep_jpeg(data, picture, longest):
-    """A Sample of the JPEG `data`, opened as `picture`, byte for byte, or if it is progressive with
-    the same coefficients.
+def keep_jpeg(data, image, longest):
+    """A Sample of the JPEG `data`, opened as `image`, byte for byte.
 
-    None if it is too large, turned by EXIF, CMYK, or faulty.
+    A progressive JPEG becomes a baseline one with the same coefficients. None if the JPEG is too
+    large, turned by EXIF, CMYK, or faulty.
     """
-    if max(picture.size) > longest or picture.mode not in ("L", "RGB"):
+    if max(image.size) > longest or image.mode not in ("L", "RGB"):
         return None
     with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
-        if picture.getexif().get(0x0112, 1) in range(2, 9):
+        is_turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+        if is_turned:
             return None
     how = "kept"
-    if "progressive" in picture.info:
+    if "progressive" in image.info:
         how = "made baseline"
-        data = make_baseline(data, picture)
+        data = make_baseline(data, image)
         if data is None:
             return None
-    return sample_of(data, *picture.size, how)
+    return index_sample(data, *image.size, how)
 
 
-def sample_of(jpeg, width, height, how):
-    """A Sample of a JPEG with its index, or without one if it has restart markers or rare sampling.
-
-    None if libjpeg-turbo, which then has to decode it, finds a fault in it.
-    """
-    data, indexed = add_index(jpeg, width, height)
-    if not indexed:
-        how += " without index"
-        code, pixels = decode_jpeg(jpeg, width, height)
-        _, stored_pixels = decode_jpeg(data, width, height)
-        # It reads some damage in another way, and without a warning, where more bytes follow
-        if code != OK or not np.array_equal(pixels, stored_pixels):
-            return None
-    return Sample(data, JPEG, width, height, how)
+def compress(image, quality, chroma):
+    """An RGB image as the bytes of a baseline JPEG with optimised Huffman tables."""
+    buffer = io.BytesIO()
+    image.info.clear()  # save() would copy the comment of the file that was read
+    # Pillow cannot go on when its buffer is full: noise at quality 100 takes 4 bytes a pixel
+    ImageFile.MAXBLOCK = 65536 + 4 * image.width * image.height
+    image.save(buffer, "JPEG", quality=quality, subsampling=":".join(chroma), optimize=True)
+    return buffer.getvalue()
 
 
-def copy_sample(path, i):
-    """Sample i of another .beton, a JPEG with a new index. ValueError if it is damaged."""
-    reader = open_beton(path)
-    data = reader.read(i)
-    size = (int(reader.widths[i]), int(reader.heights[i]))
-    if reader.modes[i] != JPEG:
-        return Sample(data, int(reader.modes[i]), *size, "raw copied")
-    if is_intact(data):
-        data = remove_index(data)
-    elif reader.settings:  # FFCV's files have none
-        raise ValueError("its bytes do not match their checksum")
-    sample = sample_of(data, *size, "copied")
-    if sample is None:
-        raise ValueError("its JPEG data are damaged")
-    return sample
+def encode_image(settings, image):
+    """A Sample of a Pillow image in RGB."""
+    longest = settings["max_resolution"]
+    if max(image.size) > longest:
+        size = [max(1, round(side * longest / max(image.size))) for side in image.size]
+        image = image.resize(size, RESAMPLING[settings["codec"]])
+    jpeg = compress(image, settings["quality"], settings["chroma"])
+    return index_sample(jpeg, *image.size, "re-encoded")
 
 
-def encode_sample(settings, job):
-    """A Sample of a picture, or why there is none, as a string."""
+def encode_file(settings, data):
+    """A Sample of a picture file's bytes."""
+    image = Image.open(io.BytesIO(data))
+    is_jpeg = data.startswith(b"\xff\xd8")
+    if settings["lossless"] and is_jpeg:
+        sample = keep_jpeg(data, image, settings["max_resolution"])
+        if sample is not None:
+            return sample
+    image.load()
+    with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
+        raise ValueError(f"it has more than 8 bits a pixel (mode {image.mode}). Convert it to 8")
+    # As ImageFolder does, convert() drops alpha and all frames but the first
+    return encode_image(settings, image.convert("RGB"))
+
+
+def encode_sample(settings, picture):
+    """A Sample of a Picture, or a string that says why there is none. OSError if a disk fails."""
     try:
-        if isinstance(job, SamplePicture):
-            return copy_sample(job.path, job.index)
-        longest = settings["max_resolution"]
-        if isinstance(job, DrawnPicture):
-            picture = draw_picture(job.split, job.index)
-        else:
-            data = job.read()
-            picture = Image.open(io.BytesIO(data))
-            if settings["lossless"] and data[:2] == b"\xff\xd8":  # a JPEG
-                sample = keep_jpeg(data, picture, longest)
-                if sample:
-                    return sample
-            picture.load()
-            with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
-                ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
-                raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
-            picture = picture.convert("RGB")  # drops alpha and later frames, as ImageFolder does
-        if max(picture.size) > longest:
-            size = [max(1, round(side * longest / max(picture.size))) for side in picture.size]
-            picture = picture.resize(size, RESAMPLING[settings["codec"]])
-        jpeg = compress(picture, settings["quality"], settings["chroma"])
-        return sample_of(jpeg, *picture.size, "re-encoded")
-    except Exception as error:  # Pillow raises anything on a damaged file; a disk's error ends all
-        if getattr(error, "errno", 0) in (2, 5, 107, 110, 116):  # no file, I/O, network
-            raise OSError(f"{job.path}/{job.name}: {error}") from None
+        if isinstance(picture, SamplePicture):
+            return copy_sample(picture.path, picture.index)
+        if isinstance(picture, DrawnPicture):
+            return encode_image(settings, draw_picture(picture.split, picture.index))
+        return encode_file(settings, picture.read())
+    except Exception as error:  # Pillow raises anything on a damaged file
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise OSError(f"{picture.title}: {error}") from None
         return str(error) or type(error).__name__
 
 
 def in_order(work, jobs, num_workers):
-    """Yields work(job) for every job, in order, from worker processes. RuntimeError if one dies."""
+    """Yields work(job) for each job, in order, from worker processes. RuntimeError if one dies."""
+    def work_on_all(batch):
+        return [work(job) for job in batch]
+
+    def start_worker(_):
+        end_with_parent()
     workers = min(num_workers or usable_cores(), len(jobs))
-    needed = (workers + 4) << 14  # a worker's locks take four pages of 4 kB or less
-    check_shared_memory(needed, "take fewer --num-workers")
-    loader = DataLoader(jobs, 16, num_workers=workers, multiprocessing_context="fork",
-                        collate_fn=lambda batch: [work(job) for job in batch],
-                        worker_init_fn=lambda _: end_with_parent())
-    for results in tqdm(loader, unit=" images", unit_scale=16, disable=None):  # on a terminal
+    needed = (workers + 4) << 14  # bytes: a worker's locks take four pages of 4 kB or less
+    check_shared_memory(needed, "use fewer --num-workers")
+    loader = DataLoader(jobs, batch_size=16, num_workers=workers, multiprocessing_context="fork",
+                        collate_fn=work_on_all, worker_init_fn=start_worker)
+    # disable=None: the bar is shown on a terminal only
+    for results in tqdm(loader, unit=" images", unit_scale=16, disable=None):
         yield from results
 
 
-# --- file
-def remove_leftovers(path):
-    """Removes what killed builds of `path` left: up to 95 GB in a hidden file.
+# --- write: a file has its name only when it is complete
+def check_replaceable(out):
+    """Raises ValueError if `out`, or a file that is written beside it, is not a builder's."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder. Choose another --out.")
+    strangers = []
+    if out.exists():
+        with open(out, "rb") as file:
+            head = file.read(HEADER.itemsize + FIELD.itemsize)
+        if b'"essl":' not in head:  # one of the build settings
+            strangers.append(out)
+    if sidecar_of(out).exists():
+        content = None
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(sidecar_of(out).read_bytes())
+        if not is_sidecar(content):
+            strangers.append(sidecar_of(out))
+    if names_of(out).exists():
+        with open(names_of(out), "rb") as file:
+            magic = file.read(len(NAMES_MAGIC))
+        if magic != NAMES_MAGIC:
+            strangers.append(names_of(out))
+    if strangers:
+        raise ValueError(f"{strangers[0]} is a file that another program wrote, and the build of "
+                         f"{out} would replace it. Move it away, or choose another --out.")
 
-    A file whose process lives stays. So does a locked one: another container, which numbers its
-    processes anew, may be writing it.
+
+def remove_leftovers(path):
+    """Removes the hidden files, of up to 95 GB, that killed builds of `path` left.
+
+    A file stays if the process of its number lives. It also stays if it is locked: a build in
+    another container, where processes have other numbers, may be writing it.
     """
     for left in path.parent.iterdir():
         match = re.fullmatch(re.escape(f".{path.name}.tmp-") + "([0-9]+)", left.name)
         if not match:
             continue
         pid = match[1]
-        if pid != str(os.getpid()) and Path("/proc", pid).exists():
+        is_of_other_process = pid != str(os.getpid())
+        if is_of_other_process and Path("/proc", pid).exists():
             continue
         with contextlib.suppress(OSError), open(left, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is locked
@@ -1228,9 +1648,10 @@ def remove_leftovers(path):
 
 @contextlib.contextmanager
 def write_aside(path):
-    """A file that takes its name only when it is complete and on the disk, else leaves nothing.
+    """Opens a file that takes the name `path` once it is complete and on the disk.
 
-    A process that is killed does leave it, under a hidden name; the next build removes that.
+    After an error it is removed. A process that is killed leaves it under a hidden name, and the
+    next build removes it.
     """
     remove_leftovers(path)
     tmp_path = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -1246,40 +1667,60 @@ def write_aside(path):
             tmp_path.unlink(missing_ok=True)
 
 
-def check_replaceable(out):
-    """Raises ValueError where writing `out` would replace what no build wrote."""
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder. Take another --out.")
-    strange = []
-    if out.exists():
-        with open(out, "rb") as file:
-            if b'"essl":' not in file.read(HEADER.itemsize + FIELD.itemsize):  # settings
-                strange.append(out)
-    if sidecar_of(out).exists():
-        content = None
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(sidecar_of(out).read_bytes())
-        if not is_sidecar(content):
-            strange.append(sidecar_of(out))
-    if names_of(out).exists():
-        with open(names_of(out), "rb") as file:
-            if file.read(len(NAMES_MAGIC)) != NAMES_MAGIC:
-                strange.append(names_of(out))
-    if strange:
-        raise ValueError(f"{strange[0]} is a file that build_beton.py has to write for {out}, but "
-                         "another program has written one of that name. Move it away, or take "
-                         "another --out.")
+class BetonWriter:
+    """Writes a .beton: | header | fields | samples | the samples' data | allocations |."""
+
+    def __init__(self, file, capacity):
+        """capacity: how many samples may come; the table of samples has room for them."""
+        self.file = file
+        self.samples = np.zeros(capacity, SAMPLE)
+        self.alloc = np.zeros(capacity, ALLOC)
+        self.count = 0
+        self.page_size = PAGE_SIZE
+        # Where the data end that are in the file; the tables before them are written last
+        self.end = HEADER.itemsize + NUM_FIELDS * FIELD.itemsize + self.samples.nbytes
+
+    def add(self, sample, label):
+        """Writes a sample's data. FFCV reads whole pages, so data cross no boundary of a page."""
+        size = len(sample.data)
+        while size > self.page_size:
+            self.page_size *= 2  # what is placed stays valid: larger pages have fewer boundaries
+        first_page = self.end // self.page_size
+        last_page = (self.end + size - 1) // self.page_size
+        if first_page != last_page:
+            self.end = (first_page + 1) * self.page_size
+        self.samples[self.count] = (sample.mode, sample.width, sample.height, self.end, label)
+        self.alloc[self.count] = (self.count, self.end, size)
+        self.file.seek(self.end)
+        self.file.write(sample.data)
+        self.end += size
+        self.count += 1
+
+    def finish(self, settings):
+        """Writes the tables. Returns the settings with the checksum over the tables."""
+        samples = self.samples[:self.count]
+        alloc = self.alloc[:self.count]
+        header = np.array(
+            (FORMAT_VERSION, NUM_FIELDS, self.page_size, self.count, self.end), HEADER)
+        settings = {**settings, "checksum": tables_checksum(header, settings, samples, alloc)}
+        fields = np.array([(IMAGE_FIELD, b"image", json.dumps(settings).encode()),
+                           (INTEGER_FIELD, b"label", b"")], FIELD)
+        self.file.seek(self.end)
+        self.file.write(alloc.tobytes())
+        self.file.seek(0)
+        self.file.write(header.tobytes() + fields.tobytes() + samples.tobytes())
+        return settings
 
 
 @functools.cache
 def folder_in_source(path, root):
-    """How names of pictures in `path` begin, as paths from the source's folder `root`."""
+    """The folders between the source's root and `path`, with a slash, or ""."""
     folder = os.path.relpath(path, root)
     return "" if folder == "." else f"{folder}/"
 
 
 def names_bytes(names, checksum):
-    """The content of a .names file, whose format stands with NAMES_HEADER."""
+    """The content of a .names file. NAMES_HEADER explains its format."""
     texts = [name.encode("utf-8", "surrogateescape") for name in names]
     offsets = np.zeros(len(texts) + 1, "<u8")
     np.cumsum([len(text) for text in texts], out=offsets[1:])
@@ -1288,77 +1729,85 @@ def names_bytes(names, checksum):
     return header.tobytes() + content
 
 
-def write_beton(out, pictures, classes, settings, args, not_taken):
-    """Encodes pictures into `out`, its sidecar and its names.
+def encode_into(writer, pictures, settings, skip_bad, num_workers):
+    """Encodes pictures into a BetonWriter.
 
-    classes: names, or None where labels are -1. ValueError if a picture is bad (--skip-bad: all).
+    Returns (the pictures that were written, a Counter of what was done to them, [{file, reason}] of
+    the bad ones). After a bad picture nothing more is written unless skip_bad is true, but the
+    others are still read, so that all bad ones are named.
+    """
+    written = []
+    counts = Counter()
+    bad = []
+    results = in_order(functools.partial(encode_sample, settings), pictures, num_workers)
+    for picture, result in zip(pictures, results):
+        if isinstance(result, str):
+            bad.append({"file": picture.title, "reason": result})
+            tqdm.write(f"{picture.title}: {result}", file=sys.stderr)
+        elif skip_bad or not bad:
+            writer.add(result, picture.label)
+            written.append(picture)
+            counts[result.how] += 1
+    return written, counts, bad
+
+
+def write_beton(out, pictures, classes, settings, args, not_taken):
+    """Encodes pictures into `out`, writes its sidecar and its names, and accounts for all pictures.
+
+    classes: the class names, or None if labels are -1. ValueError if a picture is bad, or with
+    --skip-bad if all are.
     """
     t0 = time.monotonic()
-    page = 8 << 20  # FFCV's default page size
-    samples = np.zeros(len(pictures), SAMPLE)
-    alloc = np.zeros(len(pictures), ALLOC)
-    end = HEADER.itemsize + 2 * FIELD.itemsize + samples.nbytes
-    n = 0
-    counts = Counter()  # how many samples were kept, re-encoded, ...
-    bad = []
-    names = []
-    root = root_of(args.data_dir) if args.data_dir else "demo"
     out.parent.mkdir(parents=True, exist_ok=True)
     # Compiles or loads the kernel here: worker processes are forked and have it then
     add_index(compress(Image.new("RGB", (16, 16)), 95, "420"), 16, 16)
     with write_aside(out) as file:
-        results = in_order(functools.partial(encode_sample, settings), pictures, args.num_workers)
-        for picture, result in zip(pictures, results):
-            if isinstance(result, str):
-                bad.append({"file": f"{picture.path}/{picture.name}", "reason": result})
-                tqdm.write(f"{picture.path}/{picture.name}: {result}", file=sys.stderr)
-            elif args.skip_bad or not bad:  # else nothing comes of it, but all bad ones are named
-                size = len(result.data)
-                while size > page:
-                    page *= 2  # what is placed crosses no boundary of the larger pages either
-                if end // page != (end + size - 1) // page:
-                    end = -(-end // page) * page
-                samples[n] = (result.mode, result.width, result.height, end, picture.label)
-                names.append(folder_in_source(picture.path, root) + picture.name)
-                alloc[n] = (n, end, size)
-                file.seek(end)
-                file.write(result.data)
-                end += size
-                counts[result.how] += 1
-                n += 1
-        if bad and not (args.skip_bad and n):
+        writer = BetonWriter(file, len(pictures))
+        written, counts, bad = encode_into(writer, pictures, settings, args.skip_bad,
+                                           args.num_workers)
+        if bad and not (args.skip_bad and written):
             remedy = "Repair or remove the bad pictures"
             if len(bad) < len(pictures):
                 remedy += ", or add --skip-bad, which leaves them out"
-            raise ValueError(f"{len(bad):,} of {len(pictures):,} pictures are bad, see above. "
-                             f"{out} was not written. {remedy}.")
-        header = np.array((2, 2, page, n, end), HEADER)
-        checksum = tables_checksum(header, settings, samples[:n], alloc[:n])
-        settings = settings | {"checksum": checksum}
-        fields = np.array([(2, b"image", json.dumps(settings).encode()), (1, b"label", b"")], FIELD)
-        file.seek(end)
-        file.write(alloc[:n].tobytes())
-        file.seek(0)
-        file.write(header.tobytes() + fields.tobytes() + samples[:n].tobytes())
+            raise ValueError(f"{len(bad):,} of {len(pictures):,} pictures are bad; they are listed "
+                             f"above. {out} was not written. {remedy}.")
+        settings = writer.finish(settings)
         sidecar = {"classes": classes, "settings": settings, "counts": counts, "left_out": bad}
-        with write_aside(sidecar_of(out)) as sidecar_file:  # these take their names first
+        root = root_of(args.data_dir) if args.data_dir else "demo"
+        names = [folder_in_source(picture.path, root) + picture.name for picture in written]
+        with write_aside(sidecar_of(out)) as sidecar_file:  # these two get their names first
             sidecar_file.write(json.dumps(sidecar, indent=1).encode())
         with write_aside(names_of(out)) as names_file:
-            names_file.write(names_bytes(names, checksum))
+            names_file.write(names_bytes(names, settings["checksum"]))
     seconds = time.monotonic() - t0
-    if classes is not None and not (args.classes or args.limit):
-        class_counts = np.bincount(samples["label"][:n], minlength=len(classes))
-        empty = [name for name, count in zip(classes, class_counts) if not count]
-        if empty:
-            print_text(f"classes without a picture: {len(empty):,} ({shorten(empty)})")
-    parts = [f"{n:,} images", "no labels" if classes is None else f"{len(classes)} classes",
-             f"{out.stat().st_size / 1e6:,.1f} MB"]
-    parts += [f"{number:,} {how}" for how, number in sorted(counts.items())]
-    parts += [f"{len(bad):,} left out", f"{not_taken.pictures:,} not taken"]
-    print_text(f"{out}: {', '.join(parts)}, {seconds:.1f} s ({n / seconds:,.0f} images/s)")
+    all_classes_expected = classes is not None and not args.classes and not args.limit
+    if all_classes_expected:
+        print_empty_classes(classes, written)
+    print_account(out, written, classes, counts, bad, not_taken, seconds)
 
 
-# --- verification
+# --- account
+def print_empty_classes(classes, pictures):
+    """Names the classes of which no picture is left."""
+    used = {picture.label for picture in pictures}
+    empty = [name for number, name in enumerate(classes) if number not in used]
+    if empty:
+        print_text(f"classes without a picture: {len(empty):,} ({shorten(empty)})")
+
+
+def print_account(out, written, classes, counts, bad, not_taken, seconds):
+    """The last line: each picture that was seen is in one of its numbers."""
+    parts = [f"{len(written):,} images"]
+    parts.append("no labels" if classes is None else f"{len(classes)} classes")
+    parts.append(f"{out.stat().st_size / 1e6:,.1f} MB")
+    parts += [f"{count:,} {how}" for how, count in sorted(counts.items())]
+    parts.append(f"{len(bad):,} left out")
+    parts.append(f"{not_taken.pictures:,} not taken")
+    speed = len(written) / seconds
+    print_text(f"{out}: {', '.join(parts)}, {seconds:.1f} s ({speed:,.0f} images/s)")
+
+
+# --- verify
 def find_fault(reader, i):
     """What is wrong with sample i of a .beton, or None."""
     try:
@@ -1368,69 +1817,95 @@ def find_fault(reader, i):
         reader.image(i)
     except (OSError, ValueError) as error:
         return str(error)
+    return None
 
 
 def verify(path, exclude_bad, num_workers):
-    """Checks header, tables, checksums and every sample of a .beton; exits with 1 at damage."""
+    """Checks all of a .beton: header, tables, names and each sample. Damage ends it with code 1."""
     reader = BetonReader(path)
     if reader.names:
         reader.names.check()
     count = reader.num_samples
-    found = in_order(functools.partial(find_fault, reader), range(count), num_workers)
-    faults = {i: fault for i, fault in enumerate(found) if fault}
+    results = in_order(functools.partial(find_fault, reader), range(count), num_workers)
+    faults = {i: fault for i, fault in enumerate(results) if fault}
     for i, fault in faults.items():
         print(f"{reader.title(i)}: {fault}", file=sys.stderr)
-    new = set(faults) - set(reader.excluded.tolist())
     if exclude_bad:
         sidecar = {"classes": None}
-        if sidecar_of(path).exists():  # one of ours: the reader has read it
+        if sidecar_of(path).exists():  # it is a builder's, or the reader would have refused it
             sidecar = json.loads(sidecar_of(path).read_text())
         with write_aside(sidecar_of(path)) as file:
-            file.write(json.dumps(sidecar | {"excluded": faults}, indent=1).encode())
-    elif new:
-        sys.exit(f"build_beton: {path}: {len(new):,} of {count:,} are damaged, as listed. Copy it "
-                 "again, or add --exclude-bad, with which loaders leave them out.")
+            file.write(json.dumps({**sidecar, "excluded": faults}, indent=1).encode())
+    else:
+        new_faults = set(faults) - set(reader.excluded.tolist())
+        if new_faults:
+            sys.exit(f"build_beton: {path}: {len(new_faults):,} of {count:,} samples are damaged; "
+                     "they are listed above. Copy the file again, or add --exclude-bad, and "
+                     "loaders leave them out.")
     print(f"{path}: {count:,} samples verified, {len(faults):,} damaged and excluded")
 
 
-def main(args):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C: workers just end
-    warnings.simplefilter("ignore")  # Pillow's, on EXIF and palettes that it can live with
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses pictures of twice as many
+# --- main
+def settings_of(args):
+    """The build settings, which stand in the file."""
+    return {"essl": ESSL, "max_resolution": args.max_resolution, "quality": args.quality,
+            "chroma": args.chroma, "codec": args.codec, "lossless": args.lossless}
+
+
+def choose_evenly(pictures, limit):
+    """At most `limit` pictures from all of the list; 0 means all."""
+    count = min(limit or len(pictures), len(pictures))
+    return [pictures[i * len(pictures) // count] for i in range(count)]
+
+
+def build(args):
+    """Builds --out from --data-dir."""
+    check_replaceable(args.out)
     not_taken = NotTaken()
-    settings = {"essl": ESSL, "max_resolution": args.max_resolution, "quality": args.quality,
-                "chroma": args.chroma, "codec": args.codec, "lossless": args.lossless}
+    pictures, classes = find_data(args.data_dir, args.labels, args.classes, args.unlabelled,
+                                  args.columns, not_taken)
+    settings = settings_of(args)
+    if is_beton(args.data_dir):  # its samples are copied, so its settings are true of them
+        settings = {**open_beton(str(args.data_dir)).settings, "essl": ESSL}
+    chosen = choose_evenly(pictures, args.limit)
+    not_taken.pictures += len(pictures) - len(chosen)
+    write_beton(args.out, chosen, classes, settings, args, not_taken)
+
+
+def build_demo(args):
+    """Draws the demo's training and validation set into --out-dir."""
+    for split, (name, size) in enumerate(DEMO_SETS):
+        out = args.out_dir / f"demo_{name}.beton"
+        check_replaceable(out)
+        pictures = [DrawnPicture("demo", str(i), i % len(DEMO_CLASSES), split, i)
+                    for i in range(args.limit or size)]
+        write_beton(out, pictures, DEMO_CLASSES, settings_of(args), args, NotTaken())
+
+
+def main(args):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: workers just end
+    warnings.simplefilter("ignore")  # Pillow warns of EXIF and palettes that it can live with
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses pictures of twice as many
     try:
         if args.lossless and not hasattr(bind(), "tj3Transform"):
             raise ImportError("--lossless needs libjpeg-turbo 3: `pip install turbojpeg`.")
         if args.verify:
             verify(args.verify, args.exclude_bad, args.num_workers)
-        elif args.data_dir:
-            check_replaceable(args.out)
-            pictures, classes = find_data(args.data_dir, args.labels, args.classes,
-                                          args.unlabelled, args.columns, not_taken)
-            if args.data_dir.suffix == ".beton":
-                settings = open_beton(str(args.data_dir)).settings | {"essl": ESSL}
-            count = min(args.limit or len(pictures), len(pictures))
-            not_taken.pictures += len(pictures) - count
-            pictures = [pictures[i * len(pictures) // count] for i in range(count)]
-            write_beton(args.out, pictures, classes, settings, args, not_taken)
+        elif args.demo:
+            build_demo(args)
         else:
-            for split, (name, size) in enumerate((("train", 1000), ("val", 200))):
-                pictures = [DrawnPicture("demo", str(i), i % len(DEMO_CLASSES), split, i)
-                            for i in range(args.limit or size)]
-                out = args.out_dir / f"demo_{name}.beton"
-                check_replaceable(out)
-                write_beton(out, pictures, DEMO_CLASSES, settings, args, not_taken)
+            build(args)
     except (ValueError, FileNotFoundError, NotADirectoryError, ImportError) as error:
         print(f"build_beton: {error}", file=sys.stderr)
         sys.exit(1 if args.verify else 2)
-    except OSError as error:  # a worker's stands behind its traceback
-        sys.exit(f"build_beton: {str(error).strip().splitlines()[-1]}. Check path and disk.")
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1]  # a worker's traceback stands before it
+        sys.exit(f"build_beton: {reason}. Check the path and the disk.")
     except RuntimeError as error:
-        sys.exit(f"build_beton: a worker died: {error} Out of memory? Use fewer --num-workers.")
+        sys.exit(f"build_beton: a worker process died: {error} If memory was full, use fewer "
+                 "--num-workers.")
     except KeyboardInterrupt:
-        sys.exit("build_beton: stopped by a signal, nothing was written.")
+        sys.exit("build_beton: it was stopped by a signal. Nothing was written.")
 
 
 if __name__ == "__main__":

@@ -2714,10 +2714,10 @@ def open_counter(fails_at):
 
 def test_bench_goes_on_without_a_row_that_fails(capsys):
     """A row that fails while opening or in any pass is left out by name; the others go on."""
-    base = bench_loader.Row({"name": "base"}, (open_counter, None))
-    failing = [bench_loader.Row({"name": f"fails at {place}"}, (open_counter, place), base, "base")
-               for place in ("opening", 0, 1, 3)]
-    good = bench_loader.Row({"name": "good"}, (open_counter, None), base, "base")
+    base = bench_loader.Row({"name": "base"}, open_counter, {"fails_at": None})
+    failing = [bench_loader.Row({"name": f"fails at {place}"}, open_counter, {"fails_at": place},
+                                base, "base") for place in ("opening", 0, 1, 3)]
+    good = bench_loader.Row({"name": "good"}, open_counter, {"fails_at": None}, base, "base")
     report = {"left_out": []}
     args = bench_loader.get_args(["--passes", "3"])
     rows = bench_loader.measure(args, report, [base, *failing, good], with_memory=True)
@@ -2818,7 +2818,7 @@ def test_bench_scaling_varies_one_thing_at_a_time(folder, tmp_path, monkeypatch)
     measured = []
 
     def measure(args, report, rows):
-        loads = [row.open[2] for row in rows]
+        loads = [row.arguments["load"] for row in rows]
         measured.append(loads)
         assert loads[0].path != loads[1].path
         assert dataclasses.replace(loads[0], path=0, ids=0) == dataclasses.replace(
