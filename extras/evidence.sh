@@ -9,7 +9,7 @@
 # Runs lie in RUNS (runs/evidence; runs/evidence_tiny), the two .beton files in its folder data.
 # All of it takes many hours on two CPU cores. Stop it when you like: the same command goes on where
 # it stopped. A step that fails ends it. The last lines are the table of RESULTS.md, mean and
-# standard deviation over the seeds, and `done: 165 results`.
+# standard deviation over the seeds, and `done: 144 results`.
 set -euo pipefail
 [ $# = 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 pictures=$(cd "$1" && pwd)
