@@ -48,6 +48,7 @@ import pytest
 import timm.optim
 import torch
 import turbojpeg
+from matplotlib.axes import Axes
 from numba import typeof, types
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from pyarrow import parquet
@@ -109,6 +110,15 @@ def train(script, *words):
             return 1
         return int(e.code or 0)
     return 0
+
+
+def run_extra(name, *words):
+    """A script of extras/ in this process -> what it prints; it may end by SystemExit."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(HERE / "extras" / name, run_name="__main__")
+    return out.getvalue()
 
 
 def built(*words, code=0):
@@ -317,23 +327,28 @@ def test_build_sources_give_the_same_file(folder, tmp_path, kind):
     assert BetonReader(tmp_path / "x.beton").classes == ["dark", "light"]
 
 
+def devkit(truth):
+    """ILSVRC2012_devkit_t12.tar.gz for two classes and a group of them."""
+    synsets = np.zeros(3, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")])
+    synsets[:] = [(1, "light", 0), (2, "dark", 0), (3, "all", 2)]
+    meta = io.BytesIO()
+    pytest.importorskip("scipy.io").savemat(meta, {"synsets": synsets})
+    return gzip.compress(tar_of([("a/data/ILSVRC2012_validation_ground_truth.txt", truth),
+                                 ("a/data/meta.mat", meta.getvalue())]))
+
+
 @pytest.mark.parametrize("kind", ["names", "numbers", "devkit"])
 def test_build_labels_of_flat_sources(folder, tmp_path, kind, monkeypatch):
-    """--labels of names (as Kaggle's csv), of numbers, or from README's code for the devkit, whose
-    numbers are those of its meta.mat, give the pictures of a flat tar their labels."""
+    """--labels of names (as Kaggle's csv), of numbers, or of imagenet_val_labels.py for the devkit,
+    whose numbers are those of its meta.mat, give the pictures of a flat tar their labels."""
     monkeypatch.chdir(tmp_path)
     expected = {f"ILSVRC2012_val_{i:08}": label for i, label in enumerate((1, 0, 0, 1, 1), 1)}
     Path("val.tar").write_bytes(tar_of((f"{name}.JPEG", b"") for name in expected))
     labels = Path("val_labels.txt")
     if kind == "devkit":
-        synsets = np.zeros(3, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")])
-        synsets[:] = [(1, "light", 0), (2, "dark", 0), (3, "all", 2)]
-        meta = io.BytesIO()
-        pytest.importorskip("scipy.io").savemat(meta, {"synsets": synsets})
-        truth = ("a/data/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n2\n1\n1\n")
-        archive = gzip.compress(tar_of([truth, ("a/data/meta.mat", meta.getvalue())]))
-        Path("ILSVRC2012_devkit_t12.tar.gz").write_bytes(archive)
-        exec((HERE / "README.md").read_text().split("```python devkit\n")[1].split("```")[0], {})
+        Path("devkit.tar.gz").write_bytes(devkit(b"1\n2\n2\n1\n1\n"))
+        last_line = run_extra("imagenet_val_labels.py", "devkit.tar.gz").splitlines()[-1]
+        assert last_line == "written: val_labels.txt, 5 pictures in 2 classes"
     elif kind == "names":
         labels.write_text("".join(f"{name},{('dark', 'light')[label]} 1 2 3 4 dark 5 6 7 8\n"
                                   for name, label in sorted(expected.items(), reverse=True)))
@@ -4344,11 +4359,256 @@ def test_gpu_hour_runs_on_the_cpu(tmp_path, only, failed):
     assert last_line.startswith("failed: knn" if failed else "all passed")
 
 
-def test_readme_names_only_flags_that_exist():
-    """Every flag that the README gives a script is one that the script has."""
-    text = (HERE / "README.md").read_text()
-    for name in re.findall(r"^\| `(\w+\.py)`", text, re.M):
-        used = set(re.findall(r"--(?:no-)?([a-z][a-z-]+)",
-                              " ".join(re.findall(rf"{name}([^\n`]*)", text))))
+EXTRAS = HERE / "extras"
+SCRIPTS = [path.name for path in HERE.glob("*.py") if path.name != "test_all.py"]
+DOCUMENTS = ["README.md", "RESULTS.md"]
+
+
+@pytest.mark.parametrize("archive, words", [
+    (b"no archive", ["devkit.tar.gz", "again"]),
+    (tar_of([("a/meta.mat", b"")]), ["devkit.tar.gz", "ground_truth.txt"]),
+    (tar_of([("a/meta.mat", b"x" * 600), ("a/ILSVRC2012_validation_ground_truth.txt", b"1")]),
+     ["devkit.tar.gz", "meta.mat", "again"]),
+    (lambda: devkit(b"1\n2\n")[:200], ["devkit.tar.gz", "again"]),
+    (lambda: devkit(b"1\n7\n"), ["devkit.tar.gz", "picture 2", "number 7"]),
+    (lambda: devkit(b"1\n3\n"), ["devkit.tar.gz", "picture 2", "number 3"]),  # 3 is a group
+    (None, ["devkit.tar.gz"]),  # there is no such file
+    ("val_labels.txt", ["val_labels.txt", "--out"])])  # it is there already
+def test_extras_labels_of_a_bad_devkit(tmp_path, monkeypatch, archive, words):
+    """It is named with the remedy, and no file of labels is written or replaced."""
+    pytest.importorskip("scipy.io")
+    monkeypatch.chdir(tmp_path)
+    if archive == "val_labels.txt":
+        Path(archive).write_text("mine")
+    elif archive is not None:
+        Path("devkit.tar.gz").write_bytes(archive() if callable(archive) else archive)
+    before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    with pytest.raises(SystemExit) as e:
+        run_extra("imagenet_val_labels.py", "devkit.tar.gz")
+    assert all(word in str(e.value) for word in words), e.value
+    assert sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir()) == before
+
+
+def write_run(folder, probes, losses=(3.0, 2.0, 1.0), **settings):
+    """A run's folder as pretrain.py leaves it: two epochs of 4 steps of 10 pictures; each costs 2
+    TFLOP in the first epoch, 1 TFLOP in the second. Step 4 was logged twice, by a restart."""
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(dict(total_batch=10) | settings))
+    rows = [dict(step=2, epoch=1, tflops=200, img_s=100, loss=losses[0]),
+            dict(step=4, epoch=1, tflops=200, img_s=100, loss=99.0, probe_top1=1.0),
+            dict(step=4, epoch=1, tflops=200, img_s=100, loss=losses[1], probe_top1=probes[0]),
+            dict(step=8, epoch=2, tflops=100, img_s=100, loss=losses[2], probe_top1=probes[1])]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "log.jsonl").write_text(text)
+    return folder
+
+
+def test_extras_plot_runs_means_over_seeds(tmp_path, monkeypatch):
+    """Mean and deviation of two seeds, the last line of a step, epochs and TFLOP counted by hand;
+    a folder alone has no deviation; a shorter run is named and ends the mean."""
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/a_0"), [20.0, 30.0], seed=0, output_dir="runs/a_0")
+    write_run(Path("runs/a_1"), [20.0, 34.0], losses=(3, 2, 2), seed=1, output_dir="runs/a_1")
+    drawn = {}
+    for x in ("epoch", "tflop"):
+        with monkeypatch.context() as patch:
+            plot = Axes.plot
+            patch.setattr(Axes, "plot", lambda self, *xy, **more: (
+                drawn.setdefault((x, more["label"]), []).append(xy) or plot(self, *xy, **more)))
+            out = run_extra("plot_runs.py", "runs/a_[01]", "runs/a_0", "--x", x)
+        end = "epoch 2" if x == "epoch" else "tflop 120"  # 4 x 10 x 2 + 4 x 10 x 1
+        assert f"runs/a_[01]: 2 run(s), loss 1.500 ± 0.707 at {end}" in out
+        assert f"probe_top1 32.000 ± 2.828 at {end}" in out
+        assert f"runs/a_0: 1 run(s), loss 1.000 at {end}, probe_top1 30.000 at {end}" in out
+        assert out.splitlines()[-1] == "written: runs.png"
+        assert Image.open("runs.png").size == (800, 320)
+    loss, probe = drawn["epoch", "runs/a_[01]"]
+    np.testing.assert_allclose(loss, [[0.5, 1, 2], [3, 2, 1.5]])
+    np.testing.assert_allclose(probe, [[1, 2], [20, 32]])
+    np.testing.assert_allclose(drawn["tflop", "runs/a_0"][0][0], [40, 80, 120])
+    log = Path("runs/a_1/log.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    out = run_extra("plot_runs.py", "runs/a_[01]", "--out", "x.png")
+    assert "runs/a_1 ends at step 4" in out and "probe_top1 20.000 ± 0.000 at epoch 1" in out
+
+
+@pytest.mark.parametrize("spoil, words, expected", [
+    (None, ["runs/none"], ["runs/none", "--output-dir"]),
+    (None, ["runs/*"], ["runs/a", "runs/b", "blr"]),  # two recipes
+    (None, ["runs/a", "--keys", "accuracy"], ["accuracy", "--keys"]),
+    (("log.jsonl", ""), ["runs/a"], ["runs/a/log.jsonl", "empty"]),
+    (("log.jsonl", '{"step": 1, "epo'), ["runs/a"], ["runs/a/log.jsonl", "line 1", "Remove"]),
+    (("log.jsonl", None), ["runs/[a]"], ["runs/a", "log.jsonl", "pattern"]),
+    (("args.json", None), ["runs/a", "--x", "tflop"], ["runs/a/args.json", "--x epoch"]),
+    (("log.jsonl", '{"step": 1, "epoch": 1, "loss": 1}'), ["runs/a", "--x", "tflop"],
+     ["runs/a/log.jsonl", "tflops", "--x epoch"])])
+def test_extras_plot_runs_refuses_in_words(tmp_path, monkeypatch, spoil, words, expected):
+    """What cannot be drawn is named with a remedy, and no picture is written."""
+    monkeypatch.chdir(tmp_path)
+    for name, blr in (("a", 1), ("b", 2)):
+        write_run(Path("runs", name), [20.0, 30.0], blr=blr)
+    if spoil:
+        name, text = spoil
+        Path("runs/a", name).unlink()
+        if text is not None:
+            Path("runs/a", name).write_text(text)
+    with pytest.raises(SystemExit) as e:
+        run_extra("plot_runs.py", *words)
+    assert all(word in str(e.value) for word in expected), e.value
+    assert not Path("runs.png").exists()
+
+
+def test_extras_plot_runs_takes_a_real_log(unbroken, tmp_path):
+    """The log that pretrain.py writes has what both axes need."""
+    for x in ("epoch", "tflop"):
+        out = run_extra("plot_runs.py", unbroken, "--x", x, "--out", tmp_path / "runs.png")
+        assert "probe_top1" in out and (x == "tflop" or "at epoch 4" in out)
+
+
+def test_extras_attention_maps_are_timms(folder, unbroken, tmp_path):
+    """The maps are the weights that timm's attention multiplies by when it is not fused; a row of
+    the picture is the picture and its heads."""
+    mae = load_mae(unbroken / "last.pt")
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    maps = runpy.run_path(EXTRAS / "attention_maps.py")["attention_maps"](mae, images)
+    attn = mae.blocks[-1].attn
+    attn.fused_attn = False
+    weights = []
+    attn.attn_drop.register_forward_hook(lambda module, args, out: weights.append(out))
+    mae.tokens(images)
+    expected = weights[0][:, :, 0, 1:].reshape(2, attn.num_heads, 4, 6)
+    torch.testing.assert_close(maps, expected.detach())
+    out = run_extra("attention_maps.py", unbroken / "last.pt", folder / "val.beton", "--out",
+                    tmp_path / "x.png", "--pictures", 3)
+    assert out == f"written: {tmp_path / 'x.png'}, 3 pictures, {attn.num_heads} heads\n"
+    assert Image.open(tmp_path / "x.png").size == (32 * (1 + attn.num_heads), 32 * 3)
+    with pytest.raises(SystemExit, match="x.png"):
+        run_extra("attention_maps.py", tmp_path / "x.png", folder / "val.beton")
+
+
+def command_line(tmp_path, name, text):
+    """A stand-in for a program: it records its words as a line of JSON in NAME.jsonl."""
+    path = tmp_path / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    record = f"open({str(tmp_path / f'{name}.jsonl')!r}, 'a')"
+    path.write_text(f"#!{sys.executable}\nimport json, os, sys\n"
+                    f"print(json.dumps(sys.argv[1:]), file={record})\n{text}\n")
+    path.chmod(0o755)
+
+
+def recorded(tmp_path, name):
+    path = tmp_path / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_extras_evidence_gives_scripts_what_they_take(folder, tmp_path):
+    """Every command parses; each run has a folder of its own; probes and finetuning get a run that
+    was pretrained before. The same command again runs nothing that is finished."""
+    command_line(tmp_path, "python", "")
+    env = {**os.environ, "RUNS": str(tmp_path / "runs"),
+           "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    for _ in range(2):
+        subprocess.run([EXTRAS / "evidence.sh", folder], env=env, check=True, capture_output=True)
+    commands = [words for words in recorded(tmp_path, "python") if words[0] != "-"]
+    counts = collections.Counter(words[0] for words in commands)
+    assert counts == {"build_beton.py": 2, "pretrain.py": 33, "linprobe.py": 99, "finetune.py": 12}
+    outs = set()
+    for name, *words in commands:
+        if name == "build_beton.py":
+            continue
+        args = runpy.run_path(HERE / name)["get_args"](words)
+        source = getattr(args, "checkpoint", getattr(args, "finetune", None))
+        assert source is None or Path(source).name == "last.pt" and str(Path(source).parent) in outs
+        assert args.output_dir not in outs
+        outs.add(args.output_dir)
+
+
+@pytest.mark.parametrize("only, results", [("train|val|muon_0(-knn|-finetuned)?", 3),
+                                           soak(".*", 48)])
+def test_extras_evidence_runs(folder, tmp_path, only, results):
+    """With TINY=1: it trains, measures, and ends with the table's row for each recipe."""
+    env = {**os.environ, "TINY": "1", "ONLY": only, "SEEDS": "0", "OMP_NUM_THREADS": "1",
+           "RUNS": str(tmp_path / "runs"),
+           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([EXTRAS / "evidence.sh", folder], env=env, capture_output=True, text=True,
+                          timeout=3000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"done: {results} results"
+    row, = [line for line in lines if line.startswith("muon |")]
+    probe = list(log_of(tmp_path / "runs/muon_0").values())[-1]["probe_top1"]
+    knn = json.loads((tmp_path / "runs/muon_0-knn/results.jsonl").read_text())["top1"]
+    assert f"muon | {probe:.1f} (n=1) |" in row and f"| {knn:.1f} (n=1) |" in row
+
+
+@pytest.mark.parametrize("user, sudo", [(0, False), (0, True), (1000, True)])
+def test_extras_install_ffcv_as_root_and_by_sudo(tmp_path, user, sudo):
+    """Root needs no sudo, installed or not; others call the system's packages by it; pip never."""
+    command_line(tmp_path, "apt-get", "")
+    command_line(tmp_path, "pip", "")
+    command_line(tmp_path, "python", "")
+    if sudo:
+        command_line(tmp_path, "sudo", "os.execvp(sys.argv[1], sys.argv[1:])")
+    (tmp_path / "bin/id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "bin/id").chmod(0o755)
+    for name in ("sh", "env"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    subprocess.run([tmp_path / "bin/sh", EXTRAS / "install_ffcv.sh"], check=True,
+                   env={"PATH": str(tmp_path / "bin")})
+    update, install = recorded(tmp_path, "apt-get")
+    assert update[0] == "update" and {"install", "-y", "g++", "libopencv-dev"} <= set(install)
+    assert recorded(tmp_path, "pip") == [["install", "-q", "ffcv"]]
+    assert len(recorded(tmp_path, "sudo")) == (2 if user else 0)
+
+
+# --- README.md and RESULTS.md
+@pytest.mark.parametrize("document", [*DOCUMENTS, "extras/evidence.sh", "extras/gpu_hour.sh"])
+def test_readme_names_only_flags_that_exist(document):
+    """Every flag that a document gives a script is one that the script has."""
+    text = (HERE / document).read_text().replace("\\\n", " ")
+    for name in [*SCRIPTS, *(f"extras/{path.name}" for path in EXTRAS.glob("*.py"))]:
+        used = set(re.findall(r"(?<!\S)--(?:no-)?([a-z][a-z-]+)",
+                              " ".join(re.findall(rf"\b{name}([^\n`;|#&]*)", text))))
         known = set(re.findall(r"""["'/]--([a-z][a-z-]+)""", (HERE / name).read_text()))
-        assert name == "test_all.py" or used <= known, (name, used - known)
+        assert used <= known, (name, used - known)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_readme_links_lead_somewhere(document):
+    """Each link that names no other site is a file here, and its anchor a heading of that file."""
+    for link in re.findall(r"\]\(([^)]+)\)", (HERE / document).read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = HERE / (name or document)
+        assert target.is_file(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in anchors, link
+
+
+def test_readme_is_short():
+    """At most 2,300 words; what is longer than ten lines of code is a file in extras/."""
+    text = (HERE / "README.md").read_text()
+    assert len(text.split()) <= 2300
+    for block in re.findall(r"^```\w.*?\n(.*?)^```", text, re.M | re.S):
+        assert block.count("\n") <= 10, block
+
+
+def test_readme_code_runs(folder, unbroken, tmp_path, monkeypatch):
+    """The blocks of Python run one after the other, on files of the tests in the place of those
+    that they name."""
+    files = {"runs/demo/last.pt": unbroken / "last.pt", "data/demo_val.beton": folder / "val.beton",
+             "data/train_500_95.beton": folder / "train.beton", "batch_size=256": "batch_size=8",
+             "data/val_500_100.beton": folder / "val.beton", 'device="cuda"': 'device="cpu"'}
+    blocks = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    names = {"torch": torch}
+    for block in blocks:
+        for name, file in files.items():
+            block = block.replace(name, str(file))
+        exec(block, names)
+    noise = names["masking_noise"]((2, 16))
+    assert noise[:, [5, 6, 9, 10]].max() < noise[:, [0, 3, 12, 15]].min()  # the middle stays
+    assert names["features"].shape == (13, 128) and names["original"].shape[1:] == (3, 32, 32)
+    assert names["loader"].res == 160
