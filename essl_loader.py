@@ -131,6 +131,1228 @@ def one_name(name):
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
+# --- reader
+def add_index(jpeg: bytes, width: int, height: int) -> tuple[bytes, bool]:
+    """What a .beton keeps of a JPEG: JPEG, index, TRAILER; and whether it has an index.
+
+    It has none where the loader's own decoder cannot read it: libjpeg-turbo then decodes all of it,
+    or finds out that it is damaged.
+    """
+    bind()
+    units = -(-width // (16 * UNIT_WIDTH)) * -(-height // 8)  # or fewer
+    entries = np.zeros(units + 2, np.int64)
+    stored = np.frombuffer(jpeg, np.uint8)
+    with kernel_cache(index_jpeg, COMPILING):
+        memory, scratch = make_scratch(*np.array([[len(jpeg)], [width], [height]]), 1)
+        index_size = index_jpeg(stored.ctypes.data, len(jpeg), width, height, entries.ctypes.data,
+                                scratch)
+    trailer = np.zeros((), TRAILER)
+    if index_size > 0:
+        trailer["checksum"] = entries[index_size // 8].view(np.uint64)
+    trailer["index_size"] = index_size
+    trailer["format"] = INDEX_FORMAT
+    sample = jpeg + entries.tobytes()[:index_size] + trailer.tobytes()
+    trailer["crc32"] = zlib.crc32(sample[:-TRAILER_SIZE + CRC32_AT])
+    return sample[:-TRAILER_SIZE] + trailer.tobytes(), index_size > 0
+
+
+def decode_jpeg(jpeg: bytes, width: int, height: int) -> tuple[int, np.ndarray]:
+    """A whole JPEG by libjpeg-turbo: a code of REASONS, and uint8 (3 * height * width,) RGB."""
+    bind()
+    stored = np.frombuffer(jpeg, np.uint8)
+    pixels = np.empty(3 * width * height, np.uint8)
+    with kernel_cache(decode_rgb):
+        code = decode_rgb(stored.ctypes.data, len(jpeg), width, height, pixels.ctypes.data)
+    return code, pixels
+
+
+def remove_index(sample: bytes) -> bytes:
+    """The JPEG of a sample that add_index made."""
+    index_size = int(np.frombuffer(sample[-TRAILER_SIZE:], TRAILER)["index_size"][0])
+    return sample[:-TRAILER_SIZE - index_size]
+
+
+def is_intact(sample: bytes) -> bool:
+    """Whether the bytes that add_index made are still the same."""
+    trailer = np.frombuffer(sample[-TRAILER_SIZE:].rjust(TRAILER_SIZE), TRAILER)[0]
+    checksum = zlib.crc32(sample[:-TRAILER_SIZE + CRC32_AT])
+    return bool(trailer["format"] == INDEX_FORMAT and trailer["crc32"] == checksum)
+
+
+class Names(Sequence):
+    """The samples' names of a .beton, read from a mapped file when they are asked for."""
+
+    def __init__(self, path, checksum, count):
+        self.path = path
+        wrong = DataError(f"{path}: not the names of the .beton beside it. Build both again, or "
+                          "remove this file to go on without names.")
+        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        start = NAMES_HEADER.itemsize
+        text_start = start + 8 * (count + 1)
+        if len(data) < text_start:
+            raise wrong
+        header = data[:start].view(NAMES_HEADER)[0]
+        if header["magic"] != NAMES_MAGIC or header["checksum"] != checksum:
+            raise wrong
+        self._content = memoryview(data[start:])  # five times as fast as an array is
+        self._offsets = self._content[:text_start - start].cast("Q")
+        self._text = self._content[text_start - start:]
+        if header["count"] != count or self._offsets[-1] != len(self._text):
+            raise wrong
+        self._crc = int(header["crc"])
+
+    def __len__(self):
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i):
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.path}: name {i} of {len(self):,}")
+        i %= len(self)
+        name = bytes(self._text[self._offsets[i]:self._offsets[i + 1]])
+        # A file's name need not be UTF-8; os.fsdecode turns such bytes into the same characters
+        return name.decode("utf-8", "surrogateescape")
+
+    def check(self):
+        """Reads all of it. DataError if a bit of it is not as it was written."""
+        if zlib.crc32(self._content) != self._crc:
+            raise DataError(f"{self.path}: it does not match its checksum. Copy it again, or "
+                            "remove it to go on without names.")
+
+
+class BetonReader:
+    """A .beton file's tables, checked against the file, and its single samples.
+
+    Attributes: num_samples; labels (-1: none), widths, heights, modes, ptrs, sizes (int64, one
+    entry a sample); settings (build_beton.py's, empty for FFCV's own files); classes (names or
+    None); names (of the samples, each a path in its source, or None); excluded (sorted int64:
+    samples that `build_beton.py --verify FILE --exclude-bad` found damaged, which loaders leave
+    out); checksum (another one for other data). Raises DataError that says what is wrong, where,
+    and what to do.
+    """
+
+    def __init__(self, path: str | Path):
+        bind()
+        self.path = Path(path)
+        if not self.path.is_file():
+            if self.path.suffix != ".beton":
+                raise DataError(f"{path}: neither a .beton file nor a folder of pictures is there.")
+            raise DataError(f"{path}: no such file. Build it: `python build_beton.py --data-dir "
+                            f"PICTURES --out {shlex.quote(str(path))}`, or draw a small one, "
+                            "data/demo_train.beton: `python build_beton.py --demo`.")
+        self.file = open(self.path, "rb", buffering=0)
+        self.size = os.fstat(self.file.fileno()).st_size
+        self.names = None
+        self._read_tables()
+        self.checksum = self.settings.get("checksum")
+        if self.checksum is None:  # FFCV's file
+            self.checksum = crc32_of(self.labels, self.sizes, self.widths, self.heights)
+        self._read_sidecar()
+        if names_of(path).is_file():
+            self.names = Names(names_of(path), self.settings.get("checksum"), self.num_samples)
+
+    def _error(self, found):
+        return DataError(f"{self.path}: {found}. The file is not a complete .beton of version 2; "
+                         "build it again.")
+
+    def title(self, i):
+        """How messages call sample i."""
+        return f"sample {i} ({self.names[i]})" if self.names else f"sample {i}"
+
+    def sample_error(self, i, reason):
+        """A DataError for sample i that says how to go on without it."""
+        return DataError(f"{self.path}: {self.title(i)}: {reason}. `python build_beton.py --verify "
+                         f"{shlex.quote(str(self.path))} --exclude-bad` records every damaged "
+                         "sample, so that loaders leave it out.")
+
+    def _bytes(self, size, offset):
+        """`size` bytes at an offset, less where the file ends: one read may return a part only."""
+        data = b""
+        while part := os.pread(self.file.fileno(), size - len(data), offset + len(data)):
+            data += part
+        return data
+
+    def _table(self, dtype, count, offset):
+        size = count * dtype.itemsize
+        if offset + size > self.size:
+            raise self._error(f"it ends at byte {self.size:,}, a table at byte {offset + size:,}")
+        return np.frombuffer(self._bytes(size, offset), dtype)
+
+    def _read_tables(self):
+        header = self._table(HEADER, 1, 0)[0]
+        version, num_fields, self.page_size, n, alloc_ptr = header.item()
+        count, rest = divmod(self.size - alloc_ptr, ALLOC.itemsize)
+        sane = version == 2 and 1 <= num_fields <= 64 and self.page_size > 0 and n > 0
+        if not sane or count < 1 or rest:
+            raise self._error(f"its header is {dict(zip(HEADER.names, header.item()))}")
+        fields = self._table(FIELD, num_fields, HEADER.itemsize)
+        kinds = fields["type_id"].tolist()
+        if kinds.count(2) != 1 or not set(kinds) <= set(FIELD_TYPES):
+            raise self._error(f"its fields have the types {kinds}, not one picture (2) and labels")
+        columns = [(f"f{i}", FIELD_TYPES[kind]) for i, kind in enumerate(kinds)]
+        start = HEADER.itemsize + fields.nbytes
+        samples = self._table(np.dtype(columns, align=True), n, start)
+        alloc = self._table(ALLOC, count, alloc_ptr)
+        image = kinds.index(2)
+        try:
+            text = bytes(fields["arguments"][image]).rstrip(b"\0")  # FFCV leaves these bytes 0
+            self.settings = dict(json.loads(text or "{}"))
+        except (ValueError, TypeError, RecursionError):
+            raise self._error("its build settings are garbled") from None
+        checksum = tables_checksum(header, self.settings, samples, alloc)
+        ours = self.settings.get("essl") == ESSL and self.settings.get("checksum") == checksum
+        if self.settings and not ours:
+            raise self._error("the checksum over its header and tables does not match, or an "
+                              "earlier build_beton.py made it")
+        self.num_samples = n
+        self.labels = np.full(n, -1)
+        if 1 in kinds:
+            self.labels = samples[self._label_field(fields)].astype(np.int64)
+        self.modes, self.widths, self.heights, self.ptrs = (
+            samples[f"f{image}"][name].astype(np.int64) for name in IMAGE.names)
+        # A sample's size is in the allocation table only. Its place is checked, and no memory is
+        # taken on the word of a table: pictures larger than their bytes are refused.
+        places = alloc["ptr"].astype(np.int64)  # a hostile 2**63 becomes negative
+        order = np.argsort(places, kind="stable")
+        rows = order.take(np.searchsorted(places, self.ptrs, sorter=order), mode="clip")
+        self.sizes = alloc["size"][rows].astype(np.int64)
+        valid = places[rows] == self.ptrs
+        valid &= (self.ptrs >= start + samples.nbytes) & (self.sizes <= alloc_ptr - self.ptrs)
+        valid &= (self.sizes > 0) & (self.widths > 0) & (self.heights > 0) & (self.modes <= 1)
+        valid &= self.widths * self.heights <= self.sizes * MAX_PIXELS_PER_BYTE
+        if not valid.all():
+            i = int(np.argmin(valid))
+            raise self._error(f"sample {i} ({self.widths[i]}x{self.heights[i]}, mode "
+                              f"{self.modes[i]}) has no valid place in it")
+
+    def _label_field(self, fields):
+        """Where the labels are: in the one field of whole numbers, or in that of a known name."""
+        names = [name.decode(errors="replace").casefold() for name in fields["name"]]
+        numbers = [i for i, kind in enumerate(fields["type_id"].tolist()) if kind == 1]
+        for known in LABEL_NAMES:
+            if known in names and names.index(known) in numbers:
+                return f"f{names.index(known)}"
+        if len(numbers) > 1:
+            raise DataError(f"{self.path}: which field holds the labels? It has "
+                            f"{', '.join(names[i] for i in numbers)}. Write it with one that is "
+                            "called label.")
+        return f"f{numbers[0]}"
+
+    def _check_old_sidecar(self):
+        """Earlier versions of build_beton.py wrote x.json; without class names classes may differ.
+
+        It is recognised by its first bytes: a file of the user's may be large.
+        """
+        old = self.path.with_suffix(".json")
+        if old == self.path or not old.is_file():
+            return
+        with open(old, "rb") as file:
+            if not file.read(13).startswith(b'{\n "classes":'):
+                return
+        content = None
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(old.read_text())
+        if not is_sidecar(content):
+            return
+        checksum = content.get("settings", {}).get("checksum")
+        if checksum == self.settings.get("checksum"):
+            raise DataError(f"{old} is the sidecar of {self.path}, as earlier versions called it. "
+                            f"Rename it: mv '{old}' '{sidecar_of(self.path)}'")
+
+    def _read_sidecar(self):
+        """Class names and excluded samples; a file of FFCV's has no sidecar."""
+        sidecar = sidecar_of(self.path)
+        if not sidecar.is_file():
+            self._check_old_sidecar()
+        content = {"classes": None, "excluded": {}}
+        try:
+            if sidecar.is_file():
+                content = json.loads(sidecar.read_text())
+            if not is_sidecar(content):
+                raise ValueError("build_beton.py did not write it")
+            self.classes = content["classes"]
+            if self.classes is not None:
+                self.classes = [one_name(name) for name in self.classes]
+            build = content.get("settings", self.settings)
+            if build.get("checksum") != self.settings.get("checksum"):
+                raise ValueError("it is another build's")
+            excluded = sorted(int(number) for number in content.get("excluded") or {})
+            if excluded and not 0 <= excluded[0] <= excluded[-1] < self.num_samples:
+                raise ValueError(f"it excludes samples {excluded[0]} to {excluded[-1]}")
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise DataError(f"{sidecar}: not the sidecar of {self.path}, which has "
+                            f"{self.num_samples:,} samples ({error}). Build both again, or remove "
+                            "the sidecar to go on without class names, with all samples.") from None
+        self.excluded = np.array(excluded, np.int64)
+
+    def read(self, i: int) -> bytes:
+        """The stored bytes of sample i."""
+        data = self._bytes(int(self.sizes[i]), int(self.ptrs[i]))
+        if len(data) != self.sizes[i]:
+            raise self.sample_error(i, REASONS[SHORT_READ])
+        return data
+
+    def image(self, i: int) -> np.ndarray:
+        """Sample i as uint8 (height, width, 3), decoded by libjpeg-turbo."""
+        width = int(self.widths[i])
+        height = int(self.heights[i])
+        stored = self.read(i)
+        if self.modes[i] == 0:
+            code, pixels = decode_jpeg(stored, width, height)
+        else:
+            code = OK if len(stored) == 3 * width * height else OTHER_SIZE
+            pixels = np.frombuffer(stored, np.uint8)
+        if code != OK:
+            raise self.sample_error(i, REASONS[code])
+        return pixels.reshape(height, width, 3).copy()
+
+    def __getstate__(self):
+        """For pickle: the path alone; the file is opened where the reader is unpickled."""
+        return {"path": self.path, "size": self.size, "settings": self.settings,
+                "labels": zlib.crc32(self.labels)}
+
+    def __setstate__(self, state):
+        self.__init__(state["path"])
+        if self.__getstate__() != state:
+            raise DataError(f"{self.path}: it is not the file any more that was open where this "
+                            "was pickled. Open it anew.")
+
+    def close(self):
+        self.file.close()
+
+
+# --- order, epochs and stages: what both loaders share
+def usable_cores() -> int:
+    """Cores for this process: affinity and cgroup quota, shared among torchrun's local ranks."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):  # no cgroup v2 here: no quota
+        name = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        for folder in (Path("/sys/fs/cgroup") / name / "cpu.max").parents:
+            with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
+                quota, period = (folder / "cpu.max").read_text().split()
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def end_with_parent():
+    """Called in a forked worker process: ends it within a second after its parent, even a killed
+    one. torch's workers alone see that it is gone, but then wait for ever for somebody to take
+    their results out of the pipe.
+    """
+    parent = multiprocessing.parent_process().pid
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+def check(name, value, good, expected):
+    """Raises ValueError for an argument that is not as expected."""
+    if not good:
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
+@dataclass(eq=False, repr=False)
+class EpochLoader(contextlib.AbstractContextManager):
+    """What both loaders share: which sample comes when, a pure function of (seed, epoch)."""
+
+    path: str | Path
+    batch_size: int
+    train: bool = True
+    res: int = 224
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    crop_ratio: float = 224 / 256
+    interpolation: str = "bicubic"
+    num_workers: int = 0
+    seed: int = 0
+    rank: int = 0
+    world_size: int | None = None  # None: 1, with a warning where there are several processes
+    drop_last: bool | None = None
+    device: str | torch.device = "cpu"
+    indices: np.ndarray | list[int] | None = None
+    order: str = "random"
+    views: int = 1
+    return_index: bool = False  # batches are (images, labels, samples), samples int64 (B,)
+    transform: object = None
+
+    def __post_init__(self):
+        self._warn_of_ranks = self.world_size is None
+        self.world_size = 1 if self.world_size is None else self.world_size
+        for name, good, expected in (
+                ("order", self.order in ("random", "pages"), "'random' or 'pages'"),
+                ("interpolation", self.interpolation in INTERPOLATIONS, INTERPOLATIONS),
+                ("rank", 0 <= self.rank < self.world_size, f"less than {self.world_size}"),
+                ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("num_workers", self.num_workers >= 0, "at least 0"),
+                ("views", self.views == 1 or self.views > 1 and self.train, "1 where train=False"),
+                ("crop_ratio", 0 < self.crop_ratio <= 1, "above 0, at most 1")):
+            check(name, getattr(self, name), good, expected)
+        self.device = torch.device(self.device)
+        check("device", str(self.device), self.device.type != "cuda" or torch.cuda.is_available(),
+              "'cpu', for torch finds no usable CUDA device: install a driver that fits this torch")
+        self.train = bool(self.train)
+        self.ratio = (float(self.ratio[0]), float(self.ratio[1]))
+        self.hflip = float(self.hflip)
+        self.crop_ratio = float(self.crop_ratio)
+        self.num_workers = self.num_workers or usable_cores()
+        self.drop_last = self.train if self.drop_last is None else self.drop_last
+        self._kept = None
+        self.set_indices(np.arange(len(self.labels)) if self.indices is None else self.indices)
+        self.closed = False
+        self._process = os.getpid()
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.set_stage()
+        self.set_epoch(0)
+        self._check_length()
+
+    def _get_indices(self):
+        return self._indices
+
+    def set_indices(self, indices: np.ndarray | list[int]):
+        """The samples of an epoch, from the next epoch on, in order where train=False.
+
+        A sample may be in it several times, each time with another crop, as for class-balanced
+        epochs or hard examples. All ranks give the same. Raises ValueError for what is no list of
+        samples.
+        """
+        if not hasattr(self, "_kept"):  # an argument, before the file is open
+            self._indices = indices
+            return
+        total = len(self.labels)
+        array = np.asarray(indices)
+        whole = array.dtype.kind in "iu" and array.ndim == 1 and array.size
+        if not (whole and array.min() >= 0 and array.max() < total):
+            raise ValueError(f"{self.path}: indices of type {array.dtype} and shape {array.shape}: "
+                             "expected a list of samples, whole numbers from 0 to "
+                             f"{total - 1}. Of a mask take np.flatnonzero(mask).")
+        self._indices = array.astype(np.int64)
+        self._indices.flags.writeable = False  # a change in place would not be seen
+        # Orders are drawn with the excluded samples and leave them out afterwards, so that a run
+        # that a damaged sample ended goes on with the same order and crops of the others.
+        self._kept = ~np.isin(self._indices, self.excluded)
+        self.num_samples = int(self._kept.sum())
+
+    def _check_length(self):
+        if self.num_samples == 0:
+            raise DataError(f"{self.path}: all its samples are excluded as damaged. Build it "
+                            "again.")
+        if len(self) == 0:
+            remedy = f"Take at most {self.num_samples} rank(s), or more pictures."
+            if self.num_samples >= self.world_size:
+                remedy = (f"Take a batch of at most {self.num_samples // self.world_size}, or "
+                          "drop_last=False.")
+            raise DataError(f"{self.path}: {self.num_samples} samples on {self.world_size} rank(s) "
+                            f"do not fill one batch of {self.batch_size} on each. {remedy}")
+
+    def set_stage(self, res: int | None = None, scale: tuple[float, float] | None = None):
+        """Output side in pixels and crop area from the next epoch on; None keeps what is."""
+        res = self.res if res is None else res
+        scale = self.scale if scale is None else scale
+        check("res", res, res >= 1, "at least 1 pixel")
+        check("scale", scale, 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1")
+        self.res = int(res)
+        self.scale = (float(scale[0]), float(scale[1]))
+
+    def set_epoch(self, epoch: int):
+        """The next iteration is this epoch from its start; otherwise iterations count up from 0."""
+        self.epoch = int(epoch)
+        self.batch = 0
+        self._started = False
+
+    def state_dict(self) -> dict:
+        """Where the iteration stands, in samples of all ranks: another number may go on from it."""
+        indices = self._epoch_indices if self._started else self.indices
+        return {"epoch": self.epoch, "samples": self.batch * self.batch_size * self.world_size,
+                "seed": self.seed, "num_samples": len(indices), "order": self.order,
+                "indices": hashlib.sha1(indices).hexdigest(),
+                "res": self.res, "scale": list(self.scale)}
+
+    def load_state_dict(self, state: dict):
+        """Goes on with the exact next batch; ValueError if the data or the batches differ."""
+        for key, ours in (("seed", self.seed), ("order", self.order)):
+            if state[key] != ours:
+                raise ValueError(f"{self.path}: the state has {key} {state[key]}, this loader "
+                                 f"{ours}. Take the same data and arguments.")
+        ours = hashlib.sha1(self.indices).hexdigest()
+        same_indices = state.get("indices", ours) == ours  # earlier versions did not keep it
+        if state["num_samples"] != len(self.indices) or not same_indices:
+            raise ValueError(f"{self.path}: the state is of num_samples {state['num_samples']}, "
+                             f"this loader of {len(self.indices)}, or they are not the same "
+                             "samples. Take the same data; first call set_indices() with the "
+                             "indices of the epoch in which the state was saved.")
+        batch, rest = divmod(state["samples"], self.batch_size * self.world_size)
+        if rest:
+            raise ValueError(f"{self.path}: the state is {state['samples']} samples into its "
+                             "epoch. Take a batch_size x world_size that divides it.")
+        self.set_epoch(state["epoch"])
+        self.batch = batch
+        self.set_stage(state["res"], state["scale"])
+
+    def _positions(self):
+        """This rank's positions in `indices` for self.epoch; the ranks' interleave to the whole."""
+        order = np.arange(len(self.indices))
+        if self.train:
+            order = self._shuffle(np.random.default_rng([self.seed, self.epoch]))
+        order = order[self._kept[order]]
+        if self.train:
+            order = order[:len(order) // self.world_size * self.world_size]  # as many for each rank
+        return np.ascontiguousarray(order[self.rank::self.world_size])
+
+    def _shuffle(self, rng):
+        return rng.permutation(len(self.indices))
+
+    def __len__(self):
+        n = self.num_samples // self.world_size
+        if not self.train:  # the first ranks take what is left
+            n += int(self.rank < self.num_samples % self.world_size)
+        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
+
+    def __iter__(self):
+        self._check_usable()
+        self._check_length()
+        self._check_ranks()
+        if self._started:  # an earlier iteration was left early: this is the next epoch
+            self.set_epoch(self.epoch + 1)
+        self._started = True
+        self._epoch_indices = self.indices
+        batches = self._host_batches(self._positions(), self.batch)
+        for images, labels, samples in self._to_device(batches) if self._stream else batches:
+            images = self._transform_batch(images)
+            self.batch += 1
+            yield (images, labels, samples) if self.return_index else (images, labels)
+        self.set_epoch(self.epoch + 1)
+
+    def _transform_batch(self, images):
+        return images
+
+    def __getstate__(self):
+        """For pickle: the arguments and where the iteration stands; see __setstate__."""
+        if self.closed:
+            raise RuntimeError(f"{self.path}: this loader is closed, it cannot be pickled.")
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self._warn_of_ranks:
+            arguments["world_size"] = None
+        return {"arguments": arguments, "state": self.state_dict(),
+                "labels": zlib.crc32(self.labels)}
+
+    def __setstate__(self, state):
+        """Opens the data again, in a process started by spawn for example, and goes on with the
+        next batch. Raises what the constructor and load_state_dict raise."""
+        self.__init__(**state["arguments"])
+        if zlib.crc32(self.labels) != state["labels"]:
+            raise DataError(f"{self.path}: its labels are not those that it had where the loader "
+                            "was pickled. Make a new loader.")
+        self.load_state_dict(state["state"])
+
+    def _check_ranks(self):
+        """Warns once if other processes seem to read the same samples: nobody shards a loader."""
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+        if self._warn_of_ranks and processes > 1:
+            warnings.warn(f"{self.path}: each of {processes} processes reads all samples. Give the "
+                          "loader rank and world_size, so that each reads its share, or "
+                          "world_size=1 if this is meant.")
+        self._warn_of_ranks = False
+
+    def _check_usable(self):
+        if self.closed:
+            raise RuntimeError(f"{self.path}: this loader is closed.")
+        if os.getpid() != self._process:
+            raise RuntimeError(f"{self.path}: this loader was made in process {self._process} and "
+                               f"has no threads in its fork {os.getpid()}. Make one there.")
+
+    def _to_device(self, batches):
+        """Copies one batch ahead on the side stream: training never waits for a copy."""
+        sent = []  # copies under way, each with the pinned batch that it reads
+        for batch in batches:
+            images, labels, samples = batch
+            moved = batch if self.return_index else (images, labels)
+            with torch.cuda.stream(self._stream):
+                there = [tensor.to(self.device, non_blocking=True) for tensor in moved]
+                sent.append((there, batch, self._stream.record_event()))
+            if len(sent) > 1:
+                yield self._receive(*sent.pop(0))
+        for last in sent:
+            yield self._receive(*last)
+
+    def _receive(self, there, batch, copied):
+        copied.synchronize()  # long done; until here `batch` kept its pinned buffer
+        for tensor in there:
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        if not self.return_index:
+            there.append(None)  # in the place of the samples
+        return tuple(there)
+
+    def close(self):
+        self.closed = True
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+# Not in the class: there it would be the default of the dataclass's argument
+EpochLoader.indices = property(EpochLoader._get_indices, EpochLoader.set_indices)
+
+
+# --- loader over a .beton file
+AHEAD = 3  # batches that the threads fill before they are asked for
+WINDOW = 512 << 20  # bytes that order="pages" shuffles in
+READ_PIECE = 1 << 20  # bytes that one request to read ahead names: of a larger one Linux reads 8 MB
+
+
+class Epoch:
+    """The threads that fill one epoch's batches.
+
+    An image costs no lock, no Python and no allocation; a batch costs a lock and a wake-up.
+    """
+
+    def __init__(self, loader, positions, start):
+        reader = loader.reader
+        size = loader.batch_size
+        self.loader = loader
+        self.start = start
+        self.end = len(loader)
+        self.granted = start  # the batches before this one may be filled
+        self.filling = {}  # batch: its buffer
+        self.complete = set()
+        self.events = queue.SimpleQueue()  # from the threads: numbers of batches, exceptions
+        # Queues, not semaphores: the garbage collector may call stop() in any of the threads
+        self.fills = queue.SimpleQueue()  # wakes the threads: as many as there are for a batch
+        self.reads = queue.SimpleQueue()  # batches that may be read ahead
+        self.stopped = False
+        self.job = Job(
+            reader.file.fileno(), reader.modes, reader.widths, reader.heights, reader.ptrs,
+            reader.sizes, loader.indices[positions], positions, np.array([start]),
+            *np.zeros((3, self.end), np.int64), np.zeros((self.end, size), np.int64), loader.train,
+            loader.res, size, loader.views, loader.interpolation == "bicubic", loader.seed,
+            loader.epoch, loader.scale, loader.ratio, loader.hflip, loader.crop_ratio)
+        if not fill.signatures:
+            with kernel_cache(fill, COMPILING):
+                memory, scratch = self._make_scratch()
+                fill(self.job, scratch, start)  # returns: nothing is granted yet
+                advance(self.job.limit, 0)
+        work = [self._fill_batches] * loader.num_workers
+        if loader.order == "pages":
+            work.append(self._read_ahead)
+        self.threads = [threading.Thread(target=self._run, args=(f,), daemon=True) for f in work]
+        for thread in self.threads:
+            thread.start()
+
+    def _make_scratch(self):
+        reader = self.loader.reader
+        return make_scratch(reader.sizes, reader.widths, reader.heights, self.job.res)
+
+    def _run(self, work):
+        try:
+            work()
+        except BaseException as error:  # the caller would wait for ever for a thread that ended
+            self.events.put(error)
+
+    def _fill_batches(self):
+        memory, scratch = self._make_scratch()  # memory lives as long as this thread
+        batch = self.start
+        while not self.stopped:
+            completed, batch = fill(self.job, scratch, batch)
+            if completed >= 0:
+                self.events.put(completed)
+            else:
+                self.fills.get()
+
+    def _read_ahead(self):
+        """Asks the system for the windows that the coming batches lie in, front to back."""
+        reader = self.loader.reader
+        window = max(WINDOW, reader.page_size)
+        size = self.job.batch_size
+        asked = set()
+        for batch in range(self.start, self.end):
+            if batch >= self.start + AHEAD:
+                self.reads.get()
+            if self.stopped:
+                return
+            numbers = reader.ptrs[self.job.samples[batch * size:(batch + 1) * size]] // window
+            for number in sorted(set(numbers.tolist()) - asked):
+                asked.add(number)
+                end = min((number + 1) * window, reader.size)
+                for at in range(number * window, end, READ_PIECE):
+                    if self.stopped:
+                        return
+                    os.posix_fadvise(reader.file.fileno(), at, READ_PIECE, os.POSIX_FADV_WILLNEED)
+
+    def _grant(self):
+        """Lets the threads fill one batch more, into a buffer that no tensor holds."""
+        job = self.job
+        free = self.loader.free_buffers
+        nbytes = job.views * job.batch_size * 3 * job.res ** 2
+        buffer = free.pop() if free else None
+        while buffer is not None and buffer.nbytes != nbytes:  # of another resolution
+            buffer = free.pop() if free else None
+        if buffer is None:
+            pinned = self.loader.device.type == "cuda"
+            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
+        view = buffer[:]  # lives as long as a tensor made from it; then the buffer is free again
+        weakref.finalize(view, free.append, buffer)
+        self.filling[self.granted] = view
+        job.addresses[self.granted] = buffer.ctypes.data
+        self.granted += 1
+        advance(job.limit, 1)
+        self._wake()
+
+    def _wake(self):
+        self.reads.put(None)
+        for _ in self.threads:
+            self.fills.put(None)
+
+    def take(self, batch):
+        """Waits for a batch: pictures, uint8 ([views,] B, 3, res, res), labels, samples (B,)."""
+        self.loader._check_usable()
+        reader = self.loader.reader
+        job = self.job
+        while self.granted < min(self.end, batch + AHEAD):
+            self._grant()
+        while batch not in self.complete:
+            event = self.events.get()
+            if isinstance(event, BaseException):
+                raise RuntimeError(f"{reader.path}: loading ended: {event!r}.") from event
+            self.complete.add(event)
+        samples = job.samples[batch * job.batch_size:(batch + 1) * job.batch_size]
+        bad = np.flatnonzero(job.status[batch])
+        if len(bad):
+            raise reader.sample_error(samples[bad[0]], REASONS[int(job.status[batch, bad[0]])])
+        shape = (job.views, len(samples), job.res, job.res, 3)
+        images = torch.from_numpy(self.filling.pop(batch))[:math.prod(shape)].view(shape)
+        images = images.permute(0, 1, 4, 2, 3)
+        labels = torch.from_numpy(reader.labels[samples])
+        images = images if job.views > 1 else images[0]
+        return images, labels, torch.from_numpy(samples.copy())
+
+    def stop(self):
+        if os.getpid() != self.loader._process or sys.is_finalizing():
+            return  # in a fork, or at Python's end, the threads are gone
+        self.stopped = True
+        advance(self.job.limit, -2 * self.end)  # the kernels return after the image at hand
+        self._wake()
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self.events.put(RuntimeError("the loader was closed"))
+
+
+class ESSLLoader(EpochLoader):
+    """Batches of a .beton file: uint8 (B, 3, res, res) in channels_last memory and int64 (B,).
+
+    Training takes RandomResizedCrop(scale, ratio) and a flip with probability hflip; evaluation the
+    centre square of crop_ratio of the short side. views=V: (V, B, 3, res, res), V crops of each
+    sample. Bytes depend on (seed, epoch, indices) and the stage alone, not on num_workers (0: all
+    cores of this process). Evaluation visits each sample once over all ranks; training leaves out
+    what does not fill all ranks, and the last partial batch (drop_last=None). order="pages" is for
+    files larger than memory. transform: a function of a whole batch of images, called on the
+    device, in evaluation too; its result takes their place. return_index=True adds the samples'
+    numbers, int64 (B,), to a batch. A pickled loader opens its file again. On a CUDA device five
+    batches lie in pinned memory, each in the next power of two of bytes.
+    Raises ValueError for an argument and DataError for the file; both say what to do.
+    """
+
+    def __post_init__(self):
+        self.reader = BetonReader(self.path)
+        self.labels = self.reader.labels
+        self.classes = self.reader.classes
+        self.names = self.reader.names
+        self.excluded = self.reader.excluded
+        self.checksum = self.reader.checksum
+        self.free_buffers = []  # for batches; those that no tensor holds
+        self._epochs = set()
+        super().__post_init__()
+
+    def _transform_batch(self, images):
+        return self.transform(images) if self.transform else images
+
+    def _shuffle(self, rng):
+        """order="pages": windows of WINDOW bytes, in random order and shuffled within, all ranks in
+        the same one at a time; their borders differ from epoch to epoch."""
+        if self.order == "random":
+            return super()._shuffle(rng)
+        pages = max(1, WINDOW // self.reader.page_size)
+        page = self.reader.ptrs[self.indices] // self.reader.page_size
+        window = (page + rng.integers(pages)) // pages
+        rank = rng.permutation(int(window.max()) + 1)[window]
+        return np.lexsort((rng.random(len(window)), rank))
+
+    def _host_batches(self, positions, start):
+        epoch = Epoch(self, positions, start)
+        self._epochs.add(epoch)
+        try:
+            for batch in range(start, epoch.end):
+                yield epoch.take(batch)
+        finally:
+            epoch.stop()
+            self._epochs.discard(epoch)
+
+    def close(self):
+        """Stops the threads, also of an iteration under way, and closes the file."""
+        super().close()
+        for epoch in list(self._epochs):
+            epoch.stop()
+        self.reader.close()
+
+
+# --- loader over a folder of pictures
+def start_folder_worker(_):
+    """torchrun and Slurm signal worker processes too: SIGTERM ends one only if its parent sent it,
+    as Python does at its end where an epoch was left in the middle; it would wait for ever."""
+    parent = multiprocessing.parent_process().pid
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # also in threads that start later
+
+    def wait():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
+    end_with_parent()
+
+
+class FolderLoader(EpochLoader):
+    """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
+
+    Takes class folders, or a flat folder of pictures, whose labels are -1; see list_folder and
+    folder_classes. What is not taken is printed once. Same order and relative boxes as ESSLLoader
+    for the same seed. transform: a function of the cropped and flipped Pillow picture, in training
+    (RandAug for Table 6). return_index=True adds the samples' numbers. order changes nothing here.
+    Raises ValueError for an argument and DataError for the folder or a picture.
+    """
+
+    def __post_init__(self):
+        not_taken = NotTaken()
+        names, archives = list_folder(self.path, not_taken)
+        for name in archives:
+            not_taken.add(ARCHIVE, name)
+        if not names:
+            raise DataError(f"{self.path}: expected class folders of pictures, or pictures, and "
+                            f"found none. Not taken: {not_taken}.")
+        self.names = sorted(names, key=folder_order)
+        labels = folder_classes(self.names, self.path, not_taken)
+        self.classes = None
+        self.labels = np.full(len(names), -1)
+        if labels:
+            self.classes = sorted(set(labels))
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            self.labels = np.array([numbers[label] for label in labels], np.int64)
+        if not_taken.names:
+            print_once(f"{self.path}: not taken: {not_taken}")
+        folder = os.path.realpath(self.path)
+        self.paths = [os.path.join(folder, name) for name in self.names]
+        self.excluded = np.zeros(0, np.int64)
+        self.checksum = crc32_of(self.labels, start=zlib.crc32("\n".join(self.names).encode()))
+        super().__post_init__()
+
+    def __getitem__(self, position):
+        """For the DataLoader: (views, res, res, 3) uint8, label, sample, what is wrong or ""."""
+        from PIL import Image, ImageOps
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many; a worker's own
+        sample = self.indices[position]
+        draw = (self.seed, self.epoch, position)
+        resample = Image.Resampling[self.interpolation.upper()]
+        crops = np.zeros((self.views, self.res, self.res, 3), np.uint8)
+        try:
+            with Image.open(self.paths[sample]) as picture:
+                picture.load()
+                with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
+                    ImageOps.exif_transpose(picture, in_place=True)
+                if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
+                    raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
+                picture = picture.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return crops, 0, sample, (
+                f"{self.paths[sample]}: cannot be decoded ({error}). Remove it, or build a file "
+                "without it: `python build_beton.py --skip-bad --data-dir "
+                f"{shlex.quote(str(self.path))} --out FILE.beton`.")
+        for view in range(self.views):
+            x, y, w, h = center_box(*picture.size, self.crop_ratio)
+            if self.train:
+                x, y, w, h = random_box(*picture.size, self.scale, self.ratio, *draw, view)
+            crop = picture.crop((x, y, x + w, y + h)).resize((self.res, self.res), resample)
+            flip_draw = VIEW_DRAWS * view + FLIP_DRAW
+            if self.train and uniform(*draw, flip_draw) < self.hflip:
+                crop = ImageOps.mirror(crop)
+            if self.train and self.transform:
+                # Transforms draw from these generators, this worker process's own
+                number = int(uniform(*draw, flip_draw + 1) * 2 ** 32)
+                random.seed(number)
+                np.random.seed(number)
+                torch.manual_seed(number)
+                try:
+                    crop = np.asarray(self.transform(crop))
+                    if crop.shape != crops[view].shape or crop.dtype != np.uint8:
+                        raise ValueError(f"expected uint8 of shape {crops[view].shape} from it, "
+                                         f"found {crop.dtype} of shape {crop.shape}")
+                except Exception as error:  # the user's function can raise anything
+                    at = traceback.extract_tb(error.__traceback__)[-1]
+                    return crops, 0, sample, (f"{self.paths[sample]}: transform failed on it: "
+                                              f"{error!r}, {at.filename}, line {at.lineno}. Mend "
+                                              "transform.")
+            crops[view] = crop
+        return crops, self.labels[sample], sample, ""
+
+    def _host_batches(self, positions, start):
+        size = self.batch_size
+        needed = (self.num_workers * AHEAD + 1) * self.views * size * 3 * self.res ** 2
+        check_shared_memory(needed, "take fewer num_workers")
+        with kernel_cache(random_box):  # here, before the worker processes start
+            random_box(8, 8, self.scale, self.ratio, self.seed, 0, 0, 0)
+            center_box(8, 8, self.crop_ratio)
+            uniform(self.seed, 0, 0, 0)
+        batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
+        for images, labels, samples, errors in torch.utils.data.DataLoader(
+                self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
+                pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
+                generator=torch.Generator(), worker_init_fn=start_folder_worker):
+            if any(errors):
+                raise DataError(max(errors))
+            images = images.permute(1, 0, 4, 2, 3)  # (views, B, 3, res, res)
+            yield images if self.views > 1 else images[0], labels, samples
+
+
+# --- the same decoder inside FFCV
+def interrupt_ffcv(sample):
+    """FFCV's loader would wait for ever for a thread that raised: interrupts the main thread."""
+    print(f"essl_loader.ffcv_decoder: sample {sample} is damaged. `python build_beton.py --verify "
+          "FILE` lists all that are.", file=sys.stderr)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
+                 scale: tuple[float, float] = (0.2, 1.0),
+                 ratio: tuple[float, float] = (3 / 4, 4 / 3),
+                 interpolation: str = "bicubic", seed: int = 0):
+    """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder: the paper's ESSL.
+
+    It decodes only the crop. Pipelines as in FFCV's documentation, e.g. {"image": [ffcv_decoder(),
+    RandomHorizontalFlip(), ToTensor(), ...]}; uint8 (B, res, res, 3). Crops are a function of
+    (seed, number of the batch, sample). A damaged sample is named on stderr and interrupts the
+    program (KeyboardInterrupt).
+    """
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    res = int(output_size[0])
+    check("output_size", output_size, res == output_size[1], "a square")
+    check("interpolation", interpolation, interpolation in INTERPOLATIONS, INTERPOLATIONS)
+    bicubic = int(interpolation == "bicubic")
+    scale = (float(scale[0]), float(scale[1]))
+    ratio = (float(ratio[0]), float(ratio[1]))
+    bind()
+    with kernel_cache(fill_share, COMPILING):  # here, not in the middle of FFCV's compiling
+        fill_share(np.zeros((0, 8), np.int64), 0, 1, scale, ratio, seed, 0, res, bicubic)
+
+    class CropDecoder(SimpleRGBImageDecoder):  # FFCV takes only its own class for a decoder
+        def declare_state_and_memory(self, previous_state):
+            memory = AllocationQuery((res, res, 3), np.dtype("u1"))
+            return replace(previous_state, jit_mode=True, shape=memory.shape,
+                           dtype=memory.dtype), memory
+
+        def generate_code(self):
+            read = self.memory_read
+            parallel = Compiler.get_iterator()
+            threads = Compiler.num_threads
+            self.batches = np.zeros(1, np.int64)
+            counter = self.batches.ctypes.data
+
+            def decode(batch_indices, destination, metadata, storage_state):
+                n = len(batch_indices)
+                number = atomic_add(counter, 1)
+                table = np.empty((n, 8), np.int64)
+                for i in range(n):
+                    sample = metadata[batch_indices[i]]
+                    data = read(sample["data_ptr"], storage_state)
+                    row = table[i]
+                    row[0] = data.ctypes.data
+                    row[1] = data.size
+                    row[2] = sample["mode"]
+                    row[3] = sample["width"]
+                    row[4] = sample["height"]
+                    row[5] = batch_indices[i]
+                    row[6] = destination[i].ctypes.data
+                for thread in parallel(threads):
+                    # Not literals, for each of which numba would compile a kernel of its own
+                    fill_share(table, np.int64(thread), np.int64(threads), scale, ratio,
+                               np.int64(seed), number, np.int64(res), np.int64(bicubic))
+                if table[:, 7].max() != 0:
+                    sample = batch_indices[np.argmax(table[:, 7])]
+                    with objmode():
+                        interrupt_ffcv(sample)
+                    raise ValueError("a sample of the .beton file is damaged")
+                return destination[:n]
+            decode.is_parallel = True
+            return decode
+    return CropDecoder()
+
+
+# --- what a run checks before it begins
+def labels_fault(loader):
+    """Why nothing can be learned from a loader's labels, as the end of a sentence, or ""."""
+    lowest = int(loader.labels.min())
+    highest = int(loader.labels.max())
+    if highest < 0:
+        return "has no labels"
+    if lowest < 0:
+        return f"has pictures without a label, the first is sample {np.argmin(loader.labels)}"
+    if highest >= MAX_CLASSES:
+        return f"has labels up to {highest:,}, which are no numbers of classes"
+    if lowest == highest:
+        return "has pictures of one class only"
+    return ""
+
+
+def check_labels(loader, classes):
+    """Raises DataError where a set to evaluate on has not a label of 0 to classes - 1 each."""
+    lowest = int(loader.labels.min())
+    highest = int(loader.labels.max())
+    if lowest < 0:
+        raise DataError(f"{loader.path} has pictures without a label, the first is sample "
+                        f"{np.argmin(loader.labels)}: accuracy cannot be measured on it. Build it "
+                        "with class folders, or with --labels.")
+    if highest >= classes:
+        raise DataError(f"{loader.path} has labels {lowest} to {highest}: expected 0 to "
+                        f"{classes - 1}. Build it with --classes TRAIN.beton.")
+
+
+def check_classes(train, val):
+    """Raises DataError where nothing can be learned from labels, or a held-out set has others."""
+    fault = labels_fault(train)
+    if fault:
+        raise DataError(f"{train.path} {fault}: nothing can be learned from its labels. Give class "
+                        "folders, or --labels to build_beton.py.")
+    if train.classes and val.classes and list(train.classes) != list(val.classes):
+        differ = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+        raise DataError(f"{val.path} has other classes than {train.path}: they differ in "
+                        f"{', '.join(differ[:4])}.")
+    check_labels(val, int(train.labels.max()) + 1)
+
+
+def open_loader(path: str | Path, batch_size: int, train: bool = True, **kwargs):
+    """ESSLLoader for a file, FolderLoader for a folder, with the same arguments."""
+    loader = FolderLoader if Path(path).is_dir() else ESSLLoader
+    return loader(path, batch_size, train, **kwargs)
+
+
+# --- pictures in folders: what is taken, and how the rest is counted; build_beton.py does the same
+MAX_PIXELS = 1 << 30  # of a picture, which then takes 3 GB; Pillow's own limit is a sixth of it
+ARCHIVES = (".tar", ".parquet")  # endings of files of pictures, which build_beton.py reads
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found",
+                  "System Volume Information")  # of macOS, NAS, Windows and Linux
+SETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+        "dev": "val", "test": "test", "testing": "test"}  # what they are to a person
+# Reasons why something is not taken, for one and for several
+OTHER_ENDING = ("file with another ending", "files with other endings")
+HIDDEN_FILE = ("hidden file", "hidden files")
+HIDDEN_FOLDER = ("hidden folder", "hidden folders")
+LINK_BACK = ("link back to a folder above it", "links back to a folder above them")
+SPECIAL_FILE = ("link, pipe or device", "links, pipes or devices")
+EMPTY_CLASS = ("class folder without a picture", "class folders without a picture")
+ARCHIVE = ("archive or table", "archives or tables")
+
+
+class NotTaken:
+    """What was seen and not taken, counted and named by reason. str(): in words.
+
+    Attributes: pictures, how many of it have a picture's ending; folders, all that were seen.
+    """
+
+    def __init__(self):
+        self.names = {}  # reason: Counter of names
+        self.inside = Counter()  # reason: how many pictures lie in folders that were not taken
+        self.pictures = 0
+        self.folders = set()
+
+    def add(self, reason, name, pictures=0, inside=0):
+        """Counts `name`, which is a picture if pictures is 1, with `inside` pictures in it."""
+        names = self.names.setdefault(reason, Counter())
+        if len(names) >= 1000 and name not in names:  # millions of names would take memory
+            name = "others"
+        names[name] += 1
+        self.inside[reason] += inside
+        self.pictures += pictures + inside
+
+    def take_back(self, reason, name):
+        """One that was counted is taken after all."""
+        names = self.names.get(reason, Counter())
+        if names[name] > 0:
+            names[name] -= 1
+        self.names[reason] = +names  # without zeros
+        if not self.names[reason]:
+            del self.names[reason]
+
+    def __str__(self):
+        parts = []
+        for (one, several), names in self.names.items():
+            total = names.total()
+            repeated = len(names) > 1 and total > len(names)
+            shown = [f"{name} {count:,}" if repeated else name
+                     for name, count in names.most_common(4)]
+            if len(names) > len(shown):
+                shown.append("...")
+            part = f"{total:,} {one if total == 1 else several} ({', '.join(shown)})"
+            inside = self.inside[one, several]
+            if inside:
+                part += f" with {inside:,} picture{'' if inside == 1 else 's'}"
+            parts.append(part)
+        return ", ".join(parts) or "nothing"
+
+
+def picture_endings():
+    """The endings, in lower case, of files that Pillow can open here.
+
+    HEIC is one once its plugin is registered. Left out are films (MPEG), programs (EPS runs
+    Ghostscript) and formats that Pillow only knows by name (its stubs: HDF5, WMF, ...).
+    """
+    from PIL import Image, ImageFile
+    known = Image.registered_extensions()  # loads all of Pillow's formats
+    opened = {"MPO"}  # which Pillow opens as a JPEG
+    for name, (opener, _) in Image.OPEN.items():
+        is_stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+        if not is_stub and name not in ("MPEG", "EPS"):
+            opened.add(name)
+    return frozenset(ending for ending, name in known.items() if name in opened)
+
+
+def is_hidden(name):
+    """Whether a file or folder is the system's or a program's, not data."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def ending_of(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def list_folder(folder, not_taken):
+    """(pictures, archives) anywhere below a folder, as paths from it, in no order.
+
+    Links are followed, but not back to a folder that they lie in. A broken link is a picture that
+    cannot be read. The rest is counted in not_taken. DataError for a folder that cannot be read.
+    """
+    endings = picture_endings()
+    pictures = []
+    archives = []
+    waiting = [("", ())]  # a folder, and what identifies the folders above it
+    while waiting:
+        below, above = waiting.pop()
+        here = os.path.join(folder, below)
+        try:
+            status = os.stat(here)
+            with os.scandir(here) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{here}: this folder cannot be read ({error.strerror}). Mend its "
+                            "rights or its disk, or move it away.") from None
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            not_taken.add(LINK_BACK, below)
+            continue
+        not_taken.folders.add(below)
+        for entry in entries:
+            name = os.path.join(below, entry.name)
+            ending = ending_of(entry.name)
+            is_folder = entry.is_dir(follow_symlinks=False)
+            is_file = entry.is_file(follow_symlinks=False)
+            if entry.is_symlink():
+                is_folder = os.path.isdir(entry.path)
+                is_file = os.path.isfile(entry.path) or not os.path.exists(entry.path)
+            if is_folder and is_hidden(entry.name):
+                inside = sum(ending_of(file) in endings
+                             for _, _, files in os.walk(entry.path) for file in files)
+                not_taken.add(HIDDEN_FOLDER, name, inside=inside)
+            elif is_folder:
+                waiting.append((name, (*above, identity)))
+            elif not is_file:
+                not_taken.add(SPECIAL_FILE, name)
+            elif is_hidden(entry.name):
+                not_taken.add(HIDDEN_FILE, name, pictures=ending in endings)
+            elif ending in endings:
+                pictures.append(name)
+            elif ending in ARCHIVES:
+                archives.append(name)
+            else:
+                not_taken.add(OTHER_ENDING, ending or "no ending")
+    return pictures, archives
+
+
+def class_of(name, top=""):
+    """The class of a picture by its path behind the folders `top`: its first folder, else ""."""
+    folder, slash, _ = name[len(top):].partition("/")
+    return one_name(folder) if slash else ""
+
+
+def folder_order(name, top=""):
+    """To sort pictures by, as torchvision's ImageFolder does: class, folder, file."""
+    return class_of(name, top), os.path.split(name)
+
+
+def folder_classes(names, source, not_taken, top=""):
+    """The class of each picture by its path in `source`, behind the folders `top`.
+
+    Where all lie in folders, the first folder is the class, as in torchvision's ImageFolder. None
+    if no picture lies in a folder. DataError where some do and some do not, and where folders are
+    called train, val or test. Folders of not_taken without a picture are counted there.
+    """
+    one_copy = {}  # else a million strings
+    labels = []
+    for name in names:
+        label = class_of(name, top)
+        labels.append(one_copy.setdefault(label, label))
+    classes = set(one_copy) - {""}
+    if not classes:
+        return None
+    if "" in one_copy:
+        outside = labels.count("")
+        first_outside = names[labels.index("")]
+        first_inside = next(name for name, label in zip(names, labels) if label)
+        raise DataError(f"{source} holds {outside:,} picture(s) outside of folders, such as "
+                        f"{first_outside}, and {len(names) - outside:,} in folders, such as "
+                        f"{first_inside}. If the folders are classes, move what lies outside of "
+                        "them away. If they are not, give build_beton.py --unlabelled, which "
+                        "ignores the folders, or --labels FILE, a csv of file names and classes.")
+    set_of = {name: SETS.get(re.sub("[0-9_-]+$", "", name.casefold())) for name in classes}
+    sets = {kind for kind in set_of.values() if kind}
+    if len(sets) > 1 or all(set_of.values()):
+        found = sorted(name for name in classes if set_of[name])
+        one_set = os.path.join(source, found[0])
+        way = f"Give the folder of one split, such as {one_set}"
+        if not os.path.isdir(one_set):
+            way = f"Make an archive of {found[0]} alone"
+        raise DataError(f"{source} holds {', '.join(found)}: these look like splits, not classes. "
+                        f"{way}. If you want the pictures of all of them together, without labels, "
+                        "give build_beton.py --unlabelled.")
+    seen = {class_of(folder + "/", top) for folder in not_taken.folders if folder.startswith(top)}
+    for name in sorted(seen - classes - {""}):
+        not_taken.add(EMPTY_CLASS, name)
+    return labels
+
+
+@functools.cache
+def print_once(text):
+    """Prints to stderr what several loaders of a run would print again."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def check_shared_memory(needed, remedy):
+    """Raises DataError if /dev/shm, by which worker processes talk, has too few bytes free."""
+    free = 0
+    with contextlib.suppress(OSError):
+        shm = os.statvfs("/dev/shm")
+        free = shm.f_bavail * shm.f_frsize
+    if free < needed:  # else a bus error, or "no space left" of no disk
+        raise DataError(f"the worker processes need {needed / 1e6:,.1f} MB free in /dev/shm, which "
+                        f"has {free / 1e6:,.3f} MB. Start the container with a larger --shm-size, "
+                        f"mount /dev/shm larger, or {remedy}.")
+
+
 # --- C library: libjpeg-turbo, called from the kernels without the GIL
 @functools.cache
 def bind():
@@ -1722,1225 +2944,3 @@ def fill_share(table, thread, threads, scale, ratio, seed, epoch, res, bicubic):
         table[i, 7] = resized_crop(address, size, mode, width, height, x, y, w, h, res,
                                    bicubic == 1, False, to, scratch)
     memory[0] = 0  # numba frees an array after its last use, and scratch lies in this one
-
-
-# --- reader
-def add_index(jpeg: bytes, width: int, height: int) -> tuple[bytes, bool]:
-    """What a .beton keeps of a JPEG: JPEG, index, TRAILER; and whether it has an index.
-
-    It has none where the loader's own decoder cannot read it: libjpeg-turbo then decodes all of it,
-    or finds out that it is damaged.
-    """
-    bind()
-    units = -(-width // (16 * UNIT_WIDTH)) * -(-height // 8)  # or fewer
-    entries = np.zeros(units + 2, np.int64)
-    stored = np.frombuffer(jpeg, np.uint8)
-    with kernel_cache(index_jpeg, COMPILING):
-        memory, scratch = make_scratch(*np.array([[len(jpeg)], [width], [height]]), 1)
-        index_size = index_jpeg(stored.ctypes.data, len(jpeg), width, height, entries.ctypes.data,
-                                scratch)
-    trailer = np.zeros((), TRAILER)
-    if index_size > 0:
-        trailer["checksum"] = entries[index_size // 8].view(np.uint64)
-    trailer["index_size"] = index_size
-    trailer["format"] = INDEX_FORMAT
-    sample = jpeg + entries.tobytes()[:index_size] + trailer.tobytes()
-    trailer["crc32"] = zlib.crc32(sample[:-TRAILER_SIZE + CRC32_AT])
-    return sample[:-TRAILER_SIZE] + trailer.tobytes(), index_size > 0
-
-
-def decode_jpeg(jpeg: bytes, width: int, height: int) -> tuple[int, np.ndarray]:
-    """A whole JPEG by libjpeg-turbo: a code of REASONS, and uint8 (3 * height * width,) RGB."""
-    bind()
-    stored = np.frombuffer(jpeg, np.uint8)
-    pixels = np.empty(3 * width * height, np.uint8)
-    with kernel_cache(decode_rgb):
-        code = decode_rgb(stored.ctypes.data, len(jpeg), width, height, pixels.ctypes.data)
-    return code, pixels
-
-
-def remove_index(sample: bytes) -> bytes:
-    """The JPEG of a sample that add_index made."""
-    index_size = int(np.frombuffer(sample[-TRAILER_SIZE:], TRAILER)["index_size"][0])
-    return sample[:-TRAILER_SIZE - index_size]
-
-
-def is_intact(sample: bytes) -> bool:
-    """Whether the bytes that add_index made are still the same."""
-    trailer = np.frombuffer(sample[-TRAILER_SIZE:].rjust(TRAILER_SIZE), TRAILER)[0]
-    checksum = zlib.crc32(sample[:-TRAILER_SIZE + CRC32_AT])
-    return bool(trailer["format"] == INDEX_FORMAT and trailer["crc32"] == checksum)
-
-
-class Names(Sequence):
-    """The samples' names of a .beton, read from a mapped file when they are asked for."""
-
-    def __init__(self, path, checksum, count):
-        self.path = path
-        wrong = DataError(f"{path}: not the names of the .beton beside it. Build both again, or "
-                          "remove this file to go on without names.")
-        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        start = NAMES_HEADER.itemsize
-        text_start = start + 8 * (count + 1)
-        if len(data) < text_start:
-            raise wrong
-        header = data[:start].view(NAMES_HEADER)[0]
-        if header["magic"] != NAMES_MAGIC or header["checksum"] != checksum:
-            raise wrong
-        self._content = memoryview(data[start:])  # five times as fast as an array is
-        self._offsets = self._content[:text_start - start].cast("Q")
-        self._text = self._content[text_start - start:]
-        if header["count"] != count or self._offsets[-1] != len(self._text):
-            raise wrong
-        self._crc = int(header["crc"])
-
-    def __len__(self):
-        return len(self._offsets) - 1
-
-    def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"{self.path}: name {i} of {len(self):,}")
-        i %= len(self)
-        name = bytes(self._text[self._offsets[i]:self._offsets[i + 1]])
-        # A file's name need not be UTF-8; os.fsdecode turns such bytes into the same characters
-        return name.decode("utf-8", "surrogateescape")
-
-    def check(self):
-        """Reads all of it. DataError if a bit of it is not as it was written."""
-        if zlib.crc32(self._content) != self._crc:
-            raise DataError(f"{self.path}: it does not match its checksum. Copy it again, or "
-                            "remove it to go on without names.")
-
-
-class BetonReader:
-    """A .beton file's tables, checked against the file, and its single samples.
-
-    Attributes: num_samples; labels (-1: none), widths, heights, modes, ptrs, sizes (int64, one
-    entry a sample); settings (build_beton.py's, empty for FFCV's own files); classes (names or
-    None); names (of the samples, each a path in its source, or None); excluded (sorted int64:
-    samples that `build_beton.py --verify FILE --exclude-bad` found damaged, which loaders leave
-    out); checksum (another one for other data). Raises DataError that says what is wrong, where,
-    and what to do.
-    """
-
-    def __init__(self, path: str | Path):
-        bind()
-        self.path = Path(path)
-        if not self.path.is_file():
-            if self.path.suffix != ".beton":
-                raise DataError(f"{path}: neither a .beton file nor a folder of pictures is there.")
-            raise DataError(f"{path}: no such file. Build it: `python build_beton.py --data-dir "
-                            f"PICTURES --out {shlex.quote(str(path))}`, or draw a small one, "
-                            "data/demo_train.beton: `python build_beton.py --demo`.")
-        self.file = open(self.path, "rb", buffering=0)
-        self.size = os.fstat(self.file.fileno()).st_size
-        self.names = None
-        self._read_tables()
-        self.checksum = self.settings.get("checksum")
-        if self.checksum is None:  # FFCV's file
-            self.checksum = crc32_of(self.labels, self.sizes, self.widths, self.heights)
-        self._read_sidecar()
-        if names_of(path).is_file():
-            self.names = Names(names_of(path), self.settings.get("checksum"), self.num_samples)
-
-    def _error(self, found):
-        return DataError(f"{self.path}: {found}. The file is not a complete .beton of version 2; "
-                         "build it again.")
-
-    def title(self, i):
-        """How messages call sample i."""
-        return f"sample {i} ({self.names[i]})" if self.names else f"sample {i}"
-
-    def sample_error(self, i, reason):
-        """A DataError for sample i that says how to go on without it."""
-        return DataError(f"{self.path}: {self.title(i)}: {reason}. `python build_beton.py --verify "
-                         f"{shlex.quote(str(self.path))} --exclude-bad` records every damaged "
-                         "sample, so that loaders leave it out.")
-
-    def _bytes(self, size, offset):
-        """`size` bytes at an offset, less where the file ends: one read may return a part only."""
-        data = b""
-        while part := os.pread(self.file.fileno(), size - len(data), offset + len(data)):
-            data += part
-        return data
-
-    def _table(self, dtype, count, offset):
-        size = count * dtype.itemsize
-        if offset + size > self.size:
-            raise self._error(f"it ends at byte {self.size:,}, a table at byte {offset + size:,}")
-        return np.frombuffer(self._bytes(size, offset), dtype)
-
-    def _read_tables(self):
-        header = self._table(HEADER, 1, 0)[0]
-        version, num_fields, self.page_size, n, alloc_ptr = header.item()
-        count, rest = divmod(self.size - alloc_ptr, ALLOC.itemsize)
-        sane = version == 2 and 1 <= num_fields <= 64 and self.page_size > 0 and n > 0
-        if not sane or count < 1 or rest:
-            raise self._error(f"its header is {dict(zip(HEADER.names, header.item()))}")
-        fields = self._table(FIELD, num_fields, HEADER.itemsize)
-        kinds = fields["type_id"].tolist()
-        if kinds.count(2) != 1 or not set(kinds) <= set(FIELD_TYPES):
-            raise self._error(f"its fields have the types {kinds}, not one picture (2) and labels")
-        columns = [(f"f{i}", FIELD_TYPES[kind]) for i, kind in enumerate(kinds)]
-        start = HEADER.itemsize + fields.nbytes
-        samples = self._table(np.dtype(columns, align=True), n, start)
-        alloc = self._table(ALLOC, count, alloc_ptr)
-        image = kinds.index(2)
-        try:
-            text = bytes(fields["arguments"][image]).rstrip(b"\0")  # FFCV leaves these bytes 0
-            self.settings = dict(json.loads(text or "{}"))
-        except (ValueError, TypeError, RecursionError):
-            raise self._error("its build settings are garbled") from None
-        checksum = tables_checksum(header, self.settings, samples, alloc)
-        ours = self.settings.get("essl") == ESSL and self.settings.get("checksum") == checksum
-        if self.settings and not ours:
-            raise self._error("the checksum over its header and tables does not match, or an "
-                              "earlier build_beton.py made it")
-        self.num_samples = n
-        self.labels = np.full(n, -1)
-        if 1 in kinds:
-            self.labels = samples[self._label_field(fields)].astype(np.int64)
-        self.modes, self.widths, self.heights, self.ptrs = (
-            samples[f"f{image}"][name].astype(np.int64) for name in IMAGE.names)
-        # A sample's size is in the allocation table only. Its place is checked, and no memory is
-        # taken on the word of a table: pictures larger than their bytes are refused.
-        places = alloc["ptr"].astype(np.int64)  # a hostile 2**63 becomes negative
-        order = np.argsort(places, kind="stable")
-        rows = order.take(np.searchsorted(places, self.ptrs, sorter=order), mode="clip")
-        self.sizes = alloc["size"][rows].astype(np.int64)
-        valid = places[rows] == self.ptrs
-        valid &= (self.ptrs >= start + samples.nbytes) & (self.sizes <= alloc_ptr - self.ptrs)
-        valid &= (self.sizes > 0) & (self.widths > 0) & (self.heights > 0) & (self.modes <= 1)
-        valid &= self.widths * self.heights <= self.sizes * MAX_PIXELS_PER_BYTE
-        if not valid.all():
-            i = int(np.argmin(valid))
-            raise self._error(f"sample {i} ({self.widths[i]}x{self.heights[i]}, mode "
-                              f"{self.modes[i]}) has no valid place in it")
-
-    def _label_field(self, fields):
-        """Where the labels are: in the one field of whole numbers, or in that of a known name."""
-        names = [name.decode(errors="replace").casefold() for name in fields["name"]]
-        numbers = [i for i, kind in enumerate(fields["type_id"].tolist()) if kind == 1]
-        for known in LABEL_NAMES:
-            if known in names and names.index(known) in numbers:
-                return f"f{names.index(known)}"
-        if len(numbers) > 1:
-            raise DataError(f"{self.path}: which field holds the labels? It has "
-                            f"{', '.join(names[i] for i in numbers)}. Write it with one that is "
-                            "called label.")
-        return f"f{numbers[0]}"
-
-    def _check_old_sidecar(self):
-        """Earlier versions of build_beton.py wrote x.json; without class names classes may differ.
-
-        It is recognised by its first bytes: a file of the user's may be large.
-        """
-        old = self.path.with_suffix(".json")
-        if old == self.path or not old.is_file():
-            return
-        with open(old, "rb") as file:
-            if not file.read(13).startswith(b'{\n "classes":'):
-                return
-        content = None
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(old.read_text())
-        if not is_sidecar(content):
-            return
-        checksum = content.get("settings", {}).get("checksum")
-        if checksum == self.settings.get("checksum"):
-            raise DataError(f"{old} is the sidecar of {self.path}, as earlier versions called it. "
-                            f"Rename it: mv '{old}' '{sidecar_of(self.path)}'")
-
-    def _read_sidecar(self):
-        """Class names and excluded samples; a file of FFCV's has no sidecar."""
-        sidecar = sidecar_of(self.path)
-        if not sidecar.is_file():
-            self._check_old_sidecar()
-        content = {"classes": None, "excluded": {}}
-        try:
-            if sidecar.is_file():
-                content = json.loads(sidecar.read_text())
-            if not is_sidecar(content):
-                raise ValueError("build_beton.py did not write it")
-            self.classes = content["classes"]
-            if self.classes is not None:
-                self.classes = [one_name(name) for name in self.classes]
-            build = content.get("settings", self.settings)
-            if build.get("checksum") != self.settings.get("checksum"):
-                raise ValueError("it is another build's")
-            excluded = sorted(int(number) for number in content.get("excluded") or {})
-            if excluded and not 0 <= excluded[0] <= excluded[-1] < self.num_samples:
-                raise ValueError(f"it excludes samples {excluded[0]} to {excluded[-1]}")
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise DataError(f"{sidecar}: not the sidecar of {self.path}, which has "
-                            f"{self.num_samples:,} samples ({error}). Build both again, or remove "
-                            "the sidecar to go on without class names, with all samples.") from None
-        self.excluded = np.array(excluded, np.int64)
-
-    def read(self, i: int) -> bytes:
-        """The stored bytes of sample i."""
-        data = self._bytes(int(self.sizes[i]), int(self.ptrs[i]))
-        if len(data) != self.sizes[i]:
-            raise self.sample_error(i, REASONS[SHORT_READ])
-        return data
-
-    def image(self, i: int) -> np.ndarray:
-        """Sample i as uint8 (height, width, 3), decoded by libjpeg-turbo."""
-        width = int(self.widths[i])
-        height = int(self.heights[i])
-        stored = self.read(i)
-        if self.modes[i] == 0:
-            code, pixels = decode_jpeg(stored, width, height)
-        else:
-            code = OK if len(stored) == 3 * width * height else OTHER_SIZE
-            pixels = np.frombuffer(stored, np.uint8)
-        if code != OK:
-            raise self.sample_error(i, REASONS[code])
-        return pixels.reshape(height, width, 3).copy()
-
-    def __getstate__(self):
-        """For pickle: the path alone; the file is opened where the reader is unpickled."""
-        return {"path": self.path, "size": self.size, "settings": self.settings,
-                "labels": zlib.crc32(self.labels)}
-
-    def __setstate__(self, state):
-        self.__init__(state["path"])
-        if self.__getstate__() != state:
-            raise DataError(f"{self.path}: it is not the file any more that was open where this "
-                            "was pickled. Open it anew.")
-
-    def close(self):
-        self.file.close()
-
-
-# --- order, epochs and stages: what both loaders share
-def usable_cores() -> int:
-    """Cores for this process: affinity and cgroup quota, shared among torchrun's local ranks."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError):  # no cgroup v2 here: no quota
-        name = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-        for folder in (Path("/sys/fs/cgroup") / name / "cpu.max").parents:
-            with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
-                quota, period = (folder / "cpu.max").read_text().split()
-                cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def end_with_parent():
-    """Called in a forked worker process: ends it within a second after its parent, even a killed
-    one. torch's workers alone see that it is gone, but then wait for ever for somebody to take
-    their results out of the pipe.
-    """
-    parent = multiprocessing.parent_process().pid
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-INTERPOLATIONS = ("bicubic", "bilinear")
-
-
-def check(name, value, good, expected):
-    """Raises ValueError for an argument that is not as expected."""
-    if not good:
-        raise ValueError(f"{name}={value!r}: expected {expected}.")
-
-
-@dataclass(eq=False, repr=False)
-class EpochLoader(contextlib.AbstractContextManager):
-    """What both loaders share: which sample comes when, a pure function of (seed, epoch)."""
-
-    path: str | Path
-    batch_size: int
-    train: bool = True
-    res: int = 224
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    crop_ratio: float = 224 / 256
-    interpolation: str = "bicubic"
-    num_workers: int = 0
-    seed: int = 0
-    rank: int = 0
-    world_size: int | None = None  # None: 1, with a warning where there are several processes
-    drop_last: bool | None = None
-    device: str | torch.device = "cpu"
-    indices: np.ndarray | list[int] | None = None
-    order: str = "random"
-    views: int = 1
-    return_index: bool = False  # batches are (images, labels, samples), samples int64 (B,)
-    transform: object = None
-
-    def __post_init__(self):
-        self._warn_of_ranks = self.world_size is None
-        self.world_size = 1 if self.world_size is None else self.world_size
-        for name, good, expected in (
-                ("order", self.order in ("random", "pages"), "'random' or 'pages'"),
-                ("interpolation", self.interpolation in INTERPOLATIONS, INTERPOLATIONS),
-                ("rank", 0 <= self.rank < self.world_size, f"less than {self.world_size}"),
-                ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("num_workers", self.num_workers >= 0, "at least 0"),
-                ("views", self.views == 1 or self.views > 1 and self.train, "1 where train=False"),
-                ("crop_ratio", 0 < self.crop_ratio <= 1, "above 0, at most 1")):
-            check(name, getattr(self, name), good, expected)
-        self.device = torch.device(self.device)
-        check("device", str(self.device), self.device.type != "cuda" or torch.cuda.is_available(),
-              "'cpu', for torch finds no usable CUDA device: install a driver that fits this torch")
-        self.train = bool(self.train)
-        self.ratio = (float(self.ratio[0]), float(self.ratio[1]))
-        self.hflip = float(self.hflip)
-        self.crop_ratio = float(self.crop_ratio)
-        self.num_workers = self.num_workers or usable_cores()
-        self.drop_last = self.train if self.drop_last is None else self.drop_last
-        self._kept = None
-        self.set_indices(np.arange(len(self.labels)) if self.indices is None else self.indices)
-        self.closed = False
-        self._process = os.getpid()
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.set_stage()
-        self.set_epoch(0)
-        self._check_length()
-
-    def _get_indices(self):
-        return self._indices
-
-    def set_indices(self, indices: np.ndarray | list[int]):
-        """The samples of an epoch, from the next epoch on, in order where train=False.
-
-        A sample may be in it several times, each time with another crop, as for class-balanced
-        epochs or hard examples. All ranks give the same. Raises ValueError for what is no list of
-        samples.
-        """
-        if not hasattr(self, "_kept"):  # an argument, before the file is open
-            self._indices = indices
-            return
-        total = len(self.labels)
-        array = np.asarray(indices)
-        whole = array.dtype.kind in "iu" and array.ndim == 1 and array.size
-        if not (whole and array.min() >= 0 and array.max() < total):
-            raise ValueError(f"{self.path}: indices of type {array.dtype} and shape {array.shape}: "
-                             "expected a list of samples, whole numbers from 0 to "
-                             f"{total - 1}. Of a mask take np.flatnonzero(mask).")
-        self._indices = array.astype(np.int64)
-        self._indices.flags.writeable = False  # a change in place would not be seen
-        # Orders are drawn with the excluded samples and leave them out afterwards, so that a run
-        # that a damaged sample ended goes on with the same order and crops of the others.
-        self._kept = ~np.isin(self._indices, self.excluded)
-        self.num_samples = int(self._kept.sum())
-
-    def _check_length(self):
-        if self.num_samples == 0:
-            raise DataError(f"{self.path}: all its samples are excluded as damaged. Build it "
-                            "again.")
-        if len(self) == 0:
-            remedy = f"Take at most {self.num_samples} rank(s), or more pictures."
-            if self.num_samples >= self.world_size:
-                remedy = (f"Take a batch of at most {self.num_samples // self.world_size}, or "
-                          "drop_last=False.")
-            raise DataError(f"{self.path}: {self.num_samples} samples on {self.world_size} rank(s) "
-                            f"do not fill one batch of {self.batch_size} on each. {remedy}")
-
-    def set_stage(self, res: int | None = None, scale: tuple[float, float] | None = None):
-        """Output side in pixels and crop area from the next epoch on; None keeps what is."""
-        res = self.res if res is None else res
-        scale = self.scale if scale is None else scale
-        check("res", res, res >= 1, "at least 1 pixel")
-        check("scale", scale, 0 < scale[0] <= scale[1] <= 1, "0 < low <= high <= 1")
-        self.res = int(res)
-        self.scale = (float(scale[0]), float(scale[1]))
-
-    def set_epoch(self, epoch: int):
-        """The next iteration is this epoch from its start; otherwise iterations count up from 0."""
-        self.epoch = int(epoch)
-        self.batch = 0
-        self._started = False
-
-    def state_dict(self) -> dict:
-        """Where the iteration stands, in samples of all ranks: another number may go on from it."""
-        indices = self._epoch_indices if self._started else self.indices
-        return {"epoch": self.epoch, "samples": self.batch * self.batch_size * self.world_size,
-                "seed": self.seed, "num_samples": len(indices), "order": self.order,
-                "indices": hashlib.sha1(indices).hexdigest(),
-                "res": self.res, "scale": list(self.scale)}
-
-    def load_state_dict(self, state: dict):
-        """Goes on with the exact next batch; ValueError if the data or the batches differ."""
-        for key, ours in (("seed", self.seed), ("order", self.order)):
-            if state[key] != ours:
-                raise ValueError(f"{self.path}: the state has {key} {state[key]}, this loader "
-                                 f"{ours}. Take the same data and arguments.")
-        ours = hashlib.sha1(self.indices).hexdigest()
-        same_indices = state.get("indices", ours) == ours  # earlier versions did not keep it
-        if state["num_samples"] != len(self.indices) or not same_indices:
-            raise ValueError(f"{self.path}: the state is of num_samples {state['num_samples']}, "
-                             f"this loader of {len(self.indices)}, or they are not the same "
-                             "samples. Take the same data; first call set_indices() with the "
-                             "indices of the epoch in which the state was saved.")
-        batch, rest = divmod(state["samples"], self.batch_size * self.world_size)
-        if rest:
-            raise ValueError(f"{self.path}: the state is {state['samples']} samples into its "
-                             "epoch. Take a batch_size x world_size that divides it.")
-        self.set_epoch(state["epoch"])
-        self.batch = batch
-        self.set_stage(state["res"], state["scale"])
-
-    def _positions(self):
-        """This rank's positions in `indices` for self.epoch; the ranks' interleave to the whole."""
-        order = np.arange(len(self.indices))
-        if self.train:
-            order = self._shuffle(np.random.default_rng([self.seed, self.epoch]))
-        order = order[self._kept[order]]
-        if self.train:
-            order = order[:len(order) // self.world_size * self.world_size]  # as many for each rank
-        return np.ascontiguousarray(order[self.rank::self.world_size])
-
-    def _shuffle(self, rng):
-        return rng.permutation(len(self.indices))
-
-    def __len__(self):
-        n = self.num_samples // self.world_size
-        if not self.train:  # the first ranks take what is left
-            n += int(self.rank < self.num_samples % self.world_size)
-        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
-
-    def __iter__(self):
-        self._check_usable()
-        self._check_length()
-        self._check_ranks()
-        if self._started:  # an earlier iteration was left early: this is the next epoch
-            self.set_epoch(self.epoch + 1)
-        self._started = True
-        self._epoch_indices = self.indices
-        batches = self._host_batches(self._positions(), self.batch)
-        for images, labels, samples in self._to_device(batches) if self._stream else batches:
-            images = self._transform_batch(images)
-            self.batch += 1
-            yield (images, labels, samples) if self.return_index else (images, labels)
-        self.set_epoch(self.epoch + 1)
-
-    def _transform_batch(self, images):
-        return images
-
-    def __getstate__(self):
-        """For pickle: the arguments and where the iteration stands; see __setstate__."""
-        if self.closed:
-            raise RuntimeError(f"{self.path}: this loader is closed, it cannot be pickled.")
-        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self._warn_of_ranks:
-            arguments["world_size"] = None
-        return {"arguments": arguments, "state": self.state_dict(),
-                "labels": zlib.crc32(self.labels)}
-
-    def __setstate__(self, state):
-        """Opens the data again, in a process started by spawn for example, and goes on with the
-        next batch. Raises what the constructor and load_state_dict raise."""
-        self.__init__(**state["arguments"])
-        if zlib.crc32(self.labels) != state["labels"]:
-            raise DataError(f"{self.path}: its labels are not those that it had where the loader "
-                            "was pickled. Make a new loader.")
-        self.load_state_dict(state["state"])
-
-    def _check_ranks(self):
-        """Warns once if other processes seem to read the same samples: nobody shards a loader."""
-        processes = int(os.environ.get("WORLD_SIZE") or 1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            processes = torch.distributed.get_world_size()
-        if self._warn_of_ranks and processes > 1:
-            warnings.warn(f"{self.path}: each of {processes} processes reads all samples. Give the "
-                          "loader rank and world_size, so that each reads its share, or "
-                          "world_size=1 if this is meant.")
-        self._warn_of_ranks = False
-
-    def _check_usable(self):
-        if self.closed:
-            raise RuntimeError(f"{self.path}: this loader is closed.")
-        if os.getpid() != self._process:
-            raise RuntimeError(f"{self.path}: this loader was made in process {self._process} and "
-                               f"has no threads in its fork {os.getpid()}. Make one there.")
-
-    def _to_device(self, batches):
-        """Copies one batch ahead on the side stream: training never waits for a copy."""
-        sent = []  # copies under way, each with the pinned batch that it reads
-        for batch in batches:
-            images, labels, samples = batch
-            moved = batch if self.return_index else (images, labels)
-            with torch.cuda.stream(self._stream):
-                there = [tensor.to(self.device, non_blocking=True) for tensor in moved]
-                sent.append((there, batch, self._stream.record_event()))
-            if len(sent) > 1:
-                yield self._receive(*sent.pop(0))
-        for last in sent:
-            yield self._receive(*last)
-
-    def _receive(self, there, batch, copied):
-        copied.synchronize()  # long done; until here `batch` kept its pinned buffer
-        for tensor in there:
-            tensor.record_stream(torch.cuda.current_stream(self.device))
-        if not self.return_index:
-            there.append(None)  # in the place of the samples
-        return tuple(there)
-
-    def close(self):
-        self.closed = True
-
-    def __exit__(self, *exc):
-        self.close()
-
-
-# Not in the class: there it would be the default of the dataclass's argument
-EpochLoader.indices = property(EpochLoader._get_indices, EpochLoader.set_indices)
-
-
-# --- loader over a .beton file
-AHEAD = 3  # batches that the threads fill before they are asked for
-WINDOW = 512 << 20  # bytes that order="pages" shuffles in
-READ_PIECE = 1 << 20  # bytes that one request to read ahead names: of a larger one Linux reads 8 MB
-
-
-class Epoch:
-    """The threads that fill one epoch's batches.
-
-    An image costs no lock, no Python and no allocation; a batch costs a lock and a wake-up.
-    """
-
-    def __init__(self, loader, positions, start):
-        reader = loader.reader
-        size = loader.batch_size
-        self.loader = loader
-        self.start = start
-        self.end = len(loader)
-        self.granted = start  # the batches before this one may be filled
-        self.filling = {}  # batch: its buffer
-        self.complete = set()
-        self.events = queue.SimpleQueue()  # from the threads: numbers of batches, exceptions
-        # Queues, not semaphores: the garbage collector may call stop() in any of the threads
-        self.fills = queue.SimpleQueue()  # wakes the threads: as many as there are for a batch
-        self.reads = queue.SimpleQueue()  # batches that may be read ahead
-        self.stopped = False
-        self.job = Job(
-            reader.file.fileno(), reader.modes, reader.widths, reader.heights, reader.ptrs,
-            reader.sizes, loader.indices[positions], positions, np.array([start]),
-            *np.zeros((3, self.end), np.int64), np.zeros((self.end, size), np.int64), loader.train,
-            loader.res, size, loader.views, loader.interpolation == "bicubic", loader.seed,
-            loader.epoch, loader.scale, loader.ratio, loader.hflip, loader.crop_ratio)
-        if not fill.signatures:
-            with kernel_cache(fill, COMPILING):
-                memory, scratch = self._make_scratch()
-                fill(self.job, scratch, start)  # returns: nothing is granted yet
-                advance(self.job.limit, 0)
-        work = [self._fill_batches] * loader.num_workers
-        if loader.order == "pages":
-            work.append(self._read_ahead)
-        self.threads = [threading.Thread(target=self._run, args=(f,), daemon=True) for f in work]
-        for thread in self.threads:
-            thread.start()
-
-    def _make_scratch(self):
-        reader = self.loader.reader
-        return make_scratch(reader.sizes, reader.widths, reader.heights, self.job.res)
-
-    def _run(self, work):
-        try:
-            work()
-        except BaseException as error:  # the caller would wait for ever for a thread that ended
-            self.events.put(error)
-
-    def _fill_batches(self):
-        memory, scratch = self._make_scratch()  # memory lives as long as this thread
-        batch = self.start
-        while not self.stopped:
-            completed, batch = fill(self.job, scratch, batch)
-            if completed >= 0:
-                self.events.put(completed)
-            else:
-                self.fills.get()
-
-    def _read_ahead(self):
-        """Asks the system for the windows that the coming batches lie in, front to back."""
-        reader = self.loader.reader
-        window = max(WINDOW, reader.page_size)
-        size = self.job.batch_size
-        asked = set()
-        for batch in range(self.start, self.end):
-            if batch >= self.start + AHEAD:
-                self.reads.get()
-            if self.stopped:
-                return
-            numbers = reader.ptrs[self.job.samples[batch * size:(batch + 1) * size]] // window
-            for number in sorted(set(numbers.tolist()) - asked):
-                asked.add(number)
-                end = min((number + 1) * window, reader.size)
-                for at in range(number * window, end, READ_PIECE):
-                    if self.stopped:
-                        return
-                    os.posix_fadvise(reader.file.fileno(), at, READ_PIECE, os.POSIX_FADV_WILLNEED)
-
-    def _grant(self):
-        """Lets the threads fill one batch more, into a buffer that no tensor holds."""
-        job = self.job
-        free = self.loader.free_buffers
-        nbytes = job.views * job.batch_size * 3 * job.res ** 2
-        buffer = free.pop() if free else None
-        while buffer is not None and buffer.nbytes != nbytes:  # of another resolution
-            buffer = free.pop() if free else None
-        if buffer is None:
-            pinned = self.loader.device.type == "cuda"
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
-        view = buffer[:]  # lives as long as a tensor made from it; then the buffer is free again
-        weakref.finalize(view, free.append, buffer)
-        self.filling[self.granted] = view
-        job.addresses[self.granted] = buffer.ctypes.data
-        self.granted += 1
-        advance(job.limit, 1)
-        self._wake()
-
-    def _wake(self):
-        self.reads.put(None)
-        for _ in self.threads:
-            self.fills.put(None)
-
-    def take(self, batch):
-        """Waits for a batch: pictures, uint8 ([views,] B, 3, res, res), labels, samples (B,)."""
-        self.loader._check_usable()
-        reader = self.loader.reader
-        job = self.job
-        while self.granted < min(self.end, batch + AHEAD):
-            self._grant()
-        while batch not in self.complete:
-            event = self.events.get()
-            if isinstance(event, BaseException):
-                raise RuntimeError(f"{reader.path}: loading ended: {event!r}.") from event
-            self.complete.add(event)
-        samples = job.samples[batch * job.batch_size:(batch + 1) * job.batch_size]
-        bad = np.flatnonzero(job.status[batch])
-        if len(bad):
-            raise reader.sample_error(samples[bad[0]], REASONS[int(job.status[batch, bad[0]])])
-        shape = (job.views, len(samples), job.res, job.res, 3)
-        images = torch.from_numpy(self.filling.pop(batch))[:math.prod(shape)].view(shape)
-        images = images.permute(0, 1, 4, 2, 3)
-        labels = torch.from_numpy(reader.labels[samples])
-        images = images if job.views > 1 else images[0]
-        return images, labels, torch.from_numpy(samples.copy())
-
-    def stop(self):
-        if os.getpid() != self.loader._process or sys.is_finalizing():
-            return  # in a fork, or at Python's end, the threads are gone
-        self.stopped = True
-        advance(self.job.limit, -2 * self.end)  # the kernels return after the image at hand
-        self._wake()
-        for thread in self.threads:
-            if thread is not threading.current_thread():
-                thread.join()
-        self.events.put(RuntimeError("the loader was closed"))
-
-
-class ESSLLoader(EpochLoader):
-    """Batches of a .beton file: uint8 (B, 3, res, res) in channels_last memory and int64 (B,).
-
-    Training takes RandomResizedCrop(scale, ratio) and a flip with probability hflip; evaluation the
-    centre square of crop_ratio of the short side. views=V: (V, B, 3, res, res), V crops of each
-    sample. Bytes depend on (seed, epoch, indices) and the stage alone, not on num_workers (0: all
-    cores of this process). Evaluation visits each sample once over all ranks; training leaves out
-    what does not fill all ranks, and the last partial batch (drop_last=None). order="pages" is for
-    files larger than memory. transform: a function of a whole batch of images, called on the
-    device, in evaluation too; its result takes their place. return_index=True adds the samples'
-    numbers, int64 (B,), to a batch. A pickled loader opens its file again. On a CUDA device five
-    batches lie in pinned memory, each in the next power of two of bytes.
-    Raises ValueError for an argument and DataError for the file; both say what to do.
-    """
-
-    def __post_init__(self):
-        self.reader = BetonReader(self.path)
-        self.labels = self.reader.labels
-        self.classes = self.reader.classes
-        self.names = self.reader.names
-        self.excluded = self.reader.excluded
-        self.checksum = self.reader.checksum
-        self.free_buffers = []  # for batches; those that no tensor holds
-        self._epochs = set()
-        super().__post_init__()
-
-    def _transform_batch(self, images):
-        return self.transform(images) if self.transform else images
-
-    def _shuffle(self, rng):
-        """order="pages": windows of WINDOW bytes, in random order and shuffled within, all ranks in
-        the same one at a time; their borders differ from epoch to epoch."""
-        if self.order == "random":
-            return super()._shuffle(rng)
-        pages = max(1, WINDOW // self.reader.page_size)
-        page = self.reader.ptrs[self.indices] // self.reader.page_size
-        window = (page + rng.integers(pages)) // pages
-        rank = rng.permutation(int(window.max()) + 1)[window]
-        return np.lexsort((rng.random(len(window)), rank))
-
-    def _host_batches(self, positions, start):
-        epoch = Epoch(self, positions, start)
-        self._epochs.add(epoch)
-        try:
-            for batch in range(start, epoch.end):
-                yield epoch.take(batch)
-        finally:
-            epoch.stop()
-            self._epochs.discard(epoch)
-
-    def close(self):
-        """Stops the threads, also of an iteration under way, and closes the file."""
-        super().close()
-        for epoch in list(self._epochs):
-            epoch.stop()
-        self.reader.close()
-
-
-# --- pictures in folders: what is taken, and how the rest is counted; build_beton.py does the same
-MAX_PIXELS = 1 << 30  # of a picture, which then takes 3 GB; Pillow's own limit is a sixth of it
-ARCHIVES = (".tar", ".parquet")  # endings of files of pictures, which build_beton.py reads
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found",
-                  "System Volume Information")  # of macOS, NAS, Windows and Linux
-SETS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-        "dev": "val", "test": "test", "testing": "test"}  # what they are to a person
-# Reasons why something is not taken, for one and for several
-OTHER_ENDING = ("file with another ending", "files with other endings")
-HIDDEN_FILE = ("hidden file", "hidden files")
-HIDDEN_FOLDER = ("hidden folder", "hidden folders")
-LINK_BACK = ("link back to a folder above it", "links back to a folder above them")
-SPECIAL_FILE = ("link, pipe or device", "links, pipes or devices")
-EMPTY_CLASS = ("class folder without a picture", "class folders without a picture")
-ARCHIVE = ("archive or table", "archives or tables")
-
-
-class NotTaken:
-    """What was seen and not taken, counted and named by reason. str(): in words.
-
-    Attributes: pictures, how many of it have a picture's ending; folders, all that were seen.
-    """
-
-    def __init__(self):
-        self.names = {}  # reason: Counter of names
-        self.inside = Counter()  # reason: how many pictures lie in folders that were not taken
-        self.pictures = 0
-        self.folders = set()
-
-    def add(self, reason, name, pictures=0, inside=0):
-        """Counts `name`, which is a picture if pictures is 1, with `inside` pictures in it."""
-        names = self.names.setdefault(reason, Counter())
-        if len(names) >= 1000 and name not in names:  # millions of names would take memory
-            name = "others"
-        names[name] += 1
-        self.inside[reason] += inside
-        self.pictures += pictures + inside
-
-    def take_back(self, reason, name):
-        """One that was counted is taken after all."""
-        names = self.names.get(reason, Counter())
-        if names[name] > 0:
-            names[name] -= 1
-        self.names[reason] = +names  # without zeros
-        if not self.names[reason]:
-            del self.names[reason]
-
-    def __str__(self):
-        parts = []
-        for (one, several), names in self.names.items():
-            total = names.total()
-            repeated = len(names) > 1 and total > len(names)
-            shown = [f"{name} {count:,}" if repeated else name
-                     for name, count in names.most_common(4)]
-            if len(names) > len(shown):
-                shown.append("...")
-            part = f"{total:,} {one if total == 1 else several} ({', '.join(shown)})"
-            inside = self.inside[one, several]
-            if inside:
-                part += f" with {inside:,} picture{'' if inside == 1 else 's'}"
-            parts.append(part)
-        return ", ".join(parts) or "nothing"
-
-
-def picture_endings():
-    """The endings, in lower case, of files that Pillow can open here.
-
-    HEIC is one once its plugin is registered. Left out are films (MPEG), programs (EPS runs
-    Ghostscript) and formats that Pillow only knows by name (its stubs: HDF5, WMF, ...).
-    """
-    from PIL import Image, ImageFile
-    known = Image.registered_extensions()  # loads all of Pillow's formats
-    opened = {"MPO"}  # which Pillow opens as a JPEG
-    for name, (opener, _) in Image.OPEN.items():
-        is_stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
-        if not is_stub and name not in ("MPEG", "EPS"):
-            opened.add(name)
-    return frozenset(ending for ending, name in known.items() if name in opened)
-
-
-def is_hidden(name):
-    """Whether a file or folder is the system's or a program's, not data."""
-    return name.startswith(".") or name in SYSTEM_FOLDERS
-
-
-def ending_of(name):
-    return os.path.splitext(name)[1].lower()
-
-
-def list_folder(folder, not_taken):
-    """(pictures, archives) anywhere below a folder, as paths from it, in no order.
-
-    Links are followed, but not back to a folder that they lie in. A broken link is a picture that
-    cannot be read. The rest is counted in not_taken. DataError for a folder that cannot be read.
-    """
-    endings = picture_endings()
-    pictures = []
-    archives = []
-    waiting = [("", ())]  # a folder, and what identifies the folders above it
-    while waiting:
-        below, above = waiting.pop()
-        here = os.path.join(folder, below)
-        try:
-            status = os.stat(here)
-            with os.scandir(here) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            raise DataError(f"{here}: this folder cannot be read ({error.strerror}). Mend its "
-                            "rights or its disk, or move it away.") from None
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            not_taken.add(LINK_BACK, below)
-            continue
-        not_taken.folders.add(below)
-        for entry in entries:
-            name = os.path.join(below, entry.name)
-            ending = ending_of(entry.name)
-            is_folder = entry.is_dir(follow_symlinks=False)
-            is_file = entry.is_file(follow_symlinks=False)
-            if entry.is_symlink():
-                is_folder = os.path.isdir(entry.path)
-                is_file = os.path.isfile(entry.path) or not os.path.exists(entry.path)
-            if is_folder and is_hidden(entry.name):
-                inside = sum(ending_of(file) in endings
-                             for _, _, files in os.walk(entry.path) for file in files)
-                not_taken.add(HIDDEN_FOLDER, name, inside=inside)
-            elif is_folder:
-                waiting.append((name, (*above, identity)))
-            elif not is_file:
-                not_taken.add(SPECIAL_FILE, name)
-            elif is_hidden(entry.name):
-                not_taken.add(HIDDEN_FILE, name, pictures=ending in endings)
-            elif ending in endings:
-                pictures.append(name)
-            elif ending in ARCHIVES:
-                archives.append(name)
-            else:
-                not_taken.add(OTHER_ENDING, ending or "no ending")
-    return pictures, archives
-
-
-def class_of(name, top=""):
-    """The class of a picture by its path behind the folders `top`: its first folder, else ""."""
-    folder, slash, _ = name[len(top):].partition("/")
-    return one_name(folder) if slash else ""
-
-
-def folder_order(name, top=""):
-    """To sort pictures by, as torchvision's ImageFolder does: class, folder, file."""
-    return class_of(name, top), os.path.split(name)
-
-
-def folder_classes(names, source, not_taken, top=""):
-    """The class of each picture by its path in `source`, behind the folders `top`.
-
-    Where all lie in folders, the first folder is the class, as in torchvision's ImageFolder. None
-    if no picture lies in a folder. DataError where some do and some do not, and where folders are
-    called train, val or test. Folders of not_taken without a picture are counted there.
-    """
-    one_copy = {}  # else a million strings
-    labels = []
-    for name in names:
-        label = class_of(name, top)
-        labels.append(one_copy.setdefault(label, label))
-    classes = set(one_copy) - {""}
-    if not classes:
-        return None
-    if "" in one_copy:
-        outside = labels.count("")
-        first_outside = names[labels.index("")]
-        first_inside = next(name for name, label in zip(names, labels) if label)
-        raise DataError(f"{source} holds {outside:,} picture(s) outside of folders, such as "
-                        f"{first_outside}, and {len(names) - outside:,} in folders, such as "
-                        f"{first_inside}. If the folders are classes, move what lies outside of "
-                        "them away. If they are not, give build_beton.py --unlabelled, which "
-                        "ignores the folders, or --labels FILE, a csv of file names and classes.")
-    set_of = {name: SETS.get(re.sub("[0-9_-]+$", "", name.casefold())) for name in classes}
-    sets = {kind for kind in set_of.values() if kind}
-    if len(sets) > 1 or all(set_of.values()):
-        found = sorted(name for name in classes if set_of[name])
-        one_set = os.path.join(source, found[0])
-        way = f"Give the folder of one split, such as {one_set}"
-        if not os.path.isdir(one_set):
-            way = f"Make an archive of {found[0]} alone"
-        raise DataError(f"{source} holds {', '.join(found)}: these look like splits, not classes. "
-                        f"{way}. If you want the pictures of all of them together, without labels, "
-                        "give build_beton.py --unlabelled.")
-    seen = {class_of(folder + "/", top) for folder in not_taken.folders if folder.startswith(top)}
-    for name in sorted(seen - classes - {""}):
-        not_taken.add(EMPTY_CLASS, name)
-    return labels
-
-
-@functools.cache
-def print_once(text):
-    """Prints to stderr what several loaders of a run would print again."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def check_shared_memory(needed, remedy):
-    """Raises DataError if /dev/shm, by which worker processes talk, has too few bytes free."""
-    free = 0
-    with contextlib.suppress(OSError):
-        shm = os.statvfs("/dev/shm")
-        free = shm.f_bavail * shm.f_frsize
-    if free < needed:  # else a bus error, or "no space left" of no disk
-        raise DataError(f"the worker processes need {needed / 1e6:,.1f} MB free in /dev/shm, which "
-                        f"has {free / 1e6:,.3f} MB. Start the container with a larger --shm-size, "
-                        f"mount /dev/shm larger, or {remedy}.")
-
-
-# --- loader over a folder of pictures
-def start_folder_worker(_):
-    """torchrun and Slurm signal worker processes too: SIGTERM ends one only if its parent sent it,
-    as Python does at its end where an epoch was left in the middle; it would wait for ever."""
-    parent = multiprocessing.parent_process().pid
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # also in threads that start later
-
-    def wait():
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-            pass
-        os._exit(0)
-    threading.Thread(target=wait, daemon=True).start()
-    end_with_parent()
-
-
-class FolderLoader(EpochLoader):
-    """ESSLLoader's surface over a folder of pictures, by Pillow and torch's DataLoader.
-
-    Takes class folders, or a flat folder of pictures, whose labels are -1; see list_folder and
-    folder_classes. What is not taken is printed once. Same order and relative boxes as ESSLLoader
-    for the same seed. transform: a function of the cropped and flipped Pillow picture, in training
-    (RandAug for Table 6). return_index=True adds the samples' numbers. order changes nothing here.
-    Raises ValueError for an argument and DataError for the folder or a picture.
-    """
-
-    def __post_init__(self):
-        not_taken = NotTaken()
-        names, archives = list_folder(self.path, not_taken)
-        for name in archives:
-            not_taken.add(ARCHIVE, name)
-        if not names:
-            raise DataError(f"{self.path}: expected class folders of pictures, or pictures, and "
-                            f"found none. Not taken: {not_taken}.")
-        self.names = sorted(names, key=folder_order)
-        labels = folder_classes(self.names, self.path, not_taken)
-        self.classes = None
-        self.labels = np.full(len(names), -1)
-        if labels:
-            self.classes = sorted(set(labels))
-            numbers = {name: number for number, name in enumerate(self.classes)}
-            self.labels = np.array([numbers[label] for label in labels], np.int64)
-        if not_taken.names:
-            print_once(f"{self.path}: not taken: {not_taken}")
-        folder = os.path.realpath(self.path)
-        self.paths = [os.path.join(folder, name) for name in self.names]
-        self.excluded = np.zeros(0, np.int64)
-        self.checksum = crc32_of(self.labels, start=zlib.crc32("\n".join(self.names).encode()))
-        super().__post_init__()
-
-    def __getitem__(self, position):
-        """For the DataLoader: (views, res, res, 3) uint8, label, sample, what is wrong or ""."""
-        from PIL import Image, ImageOps
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many; a worker's own
-        sample = self.indices[position]
-        draw = (self.seed, self.epoch, position)
-        resample = Image.Resampling[self.interpolation.upper()]
-        crops = np.zeros((self.views, self.res, self.res, 3), np.uint8)
-        try:
-            with Image.open(self.paths[sample]) as picture:
-                picture.load()
-                with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
-                    ImageOps.exif_transpose(picture, in_place=True)
-                if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
-                    raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
-                picture = picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return crops, 0, sample, (
-                f"{self.paths[sample]}: cannot be decoded ({error}). Remove it, or build a file "
-                "without it: `python build_beton.py --skip-bad --data-dir "
-                f"{shlex.quote(str(self.path))} --out FILE.beton`.")
-        for view in range(self.views):
-            x, y, w, h = center_box(*picture.size, self.crop_ratio)
-            if self.train:
-                x, y, w, h = random_box(*picture.size, self.scale, self.ratio, *draw, view)
-            crop = picture.crop((x, y, x + w, y + h)).resize((self.res, self.res), resample)
-            flip_draw = VIEW_DRAWS * view + FLIP_DRAW
-            if self.train and uniform(*draw, flip_draw) < self.hflip:
-                crop = ImageOps.mirror(crop)
-            if self.train and self.transform:
-                # Transforms draw from these generators, this worker process's own
-                number = int(uniform(*draw, flip_draw + 1) * 2 ** 32)
-                random.seed(number)
-                np.random.seed(number)
-                torch.manual_seed(number)
-                try:
-                    crop = np.asarray(self.transform(crop))
-                    if crop.shape != crops[view].shape or crop.dtype != np.uint8:
-                        raise ValueError(f"expected uint8 of shape {crops[view].shape} from it, "
-                                         f"found {crop.dtype} of shape {crop.shape}")
-                except Exception as error:  # the user's function can raise anything
-                    at = traceback.extract_tb(error.__traceback__)[-1]
-                    return crops, 0, sample, (f"{self.paths[sample]}: transform failed on it: "
-                                              f"{error!r}, {at.filename}, line {at.lineno}. Mend "
-                                              "transform.")
-            crops[view] = crop
-        return crops, self.labels[sample], sample, ""
-
-    def _host_batches(self, positions, start):
-        size = self.batch_size
-        needed = (self.num_workers * AHEAD + 1) * self.views * size * 3 * self.res ** 2
-        check_shared_memory(needed, "take fewer num_workers")
-        with kernel_cache(random_box):  # here, before the worker processes start
-            random_box(8, 8, self.scale, self.ratio, self.seed, 0, 0, 0)
-            center_box(8, 8, self.crop_ratio)
-            uniform(self.seed, 0, 0, 0)
-        batches = [positions[b * size:(b + 1) * size].tolist() for b in range(start, len(self))]
-        for images, labels, samples, errors in torch.utils.data.DataLoader(
-                self, batch_sampler=batches, num_workers=self.num_workers, prefetch_factor=AHEAD,
-                pin_memory=self.device.type == "cuda", multiprocessing_context="fork",
-                generator=torch.Generator(), worker_init_fn=start_folder_worker):
-            if any(errors):
-                raise DataError(max(errors))
-            images = images.permute(1, 0, 4, 2, 3)  # (views, B, 3, res, res)
-            yield images if self.views > 1 else images[0], labels, samples
-
-
-# --- what a run checks before it begins
-def labels_fault(loader):
-    """Why nothing can be learned from a loader's labels, as the end of a sentence, or ""."""
-    lowest = int(loader.labels.min())
-    highest = int(loader.labels.max())
-    if highest < 0:
-        return "has no labels"
-    if lowest < 0:
-        return f"has pictures without a label, the first is sample {np.argmin(loader.labels)}"
-    if highest >= MAX_CLASSES:
-        return f"has labels up to {highest:,}, which are no numbers of classes"
-    if lowest == highest:
-        return "has pictures of one class only"
-    return ""
-
-
-def check_labels(loader, classes):
-    """Raises DataError where a set to evaluate on has not a label of 0 to classes - 1 each."""
-    lowest = int(loader.labels.min())
-    highest = int(loader.labels.max())
-    if lowest < 0:
-        raise DataError(f"{loader.path} has pictures without a label, the first is sample "
-                        f"{np.argmin(loader.labels)}: accuracy cannot be measured on it. Build it "
-                        "with class folders, or with --labels.")
-    if highest >= classes:
-        raise DataError(f"{loader.path} has labels {lowest} to {highest}: expected 0 to "
-                        f"{classes - 1}. Build it with --classes TRAIN.beton.")
-
-
-def check_classes(train, val):
-    """Raises DataError where nothing can be learned from labels, or a held-out set has others."""
-    fault = labels_fault(train)
-    if fault:
-        raise DataError(f"{train.path} {fault}: nothing can be learned from its labels. Give class "
-                        "folders, or --labels to build_beton.py.")
-    if train.classes and val.classes and list(train.classes) != list(val.classes):
-        differ = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
-        raise DataError(f"{val.path} has other classes than {train.path}: they differ in "
-                        f"{', '.join(differ[:4])}.")
-    check_labels(val, int(train.labels.max()) + 1)
-
-
-def open_loader(path: str | Path, batch_size: int, train: bool = True, **kwargs):
-    """ESSLLoader for a file, FolderLoader for a folder, with the same arguments."""
-    loader = FolderLoader if Path(path).is_dir() else ESSLLoader
-    return loader(path, batch_size, train, **kwargs)
-
-
-# --- the same decoder inside FFCV
-def interrupt_ffcv(sample):
-    """FFCV's loader would wait for ever for a thread that raised: interrupts the main thread."""
-    print(f"essl_loader.ffcv_decoder: sample {sample} is damaged. `python build_beton.py --verify "
-          "FILE` lists all that are.", file=sys.stderr)
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-
-
-def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
-                 scale: tuple[float, float] = (0.2, 1.0),
-                 ratio: tuple[float, float] = (3 / 4, 4 / 3),
-                 interpolation: str = "bicubic", seed: int = 0):
-    """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder: the paper's ESSL.
-
-    It decodes only the crop. Pipelines as in FFCV's documentation, e.g. {"image": [ffcv_decoder(),
-    RandomHorizontalFlip(), ToTensor(), ...]}; uint8 (B, res, res, 3). Crops are a function of
-    (seed, number of the batch, sample). A damaged sample is named on stderr and interrupts the
-    program (KeyboardInterrupt).
-    """
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-    res = int(output_size[0])
-    check("output_size", output_size, res == output_size[1], "a square")
-    check("interpolation", interpolation, interpolation in INTERPOLATIONS, INTERPOLATIONS)
-    bicubic = int(interpolation == "bicubic")
-    scale = (float(scale[0]), float(scale[1]))
-    ratio = (float(ratio[0]), float(ratio[1]))
-    bind()
-    with kernel_cache(fill_share, COMPILING):  # here, not in the middle of FFCV's compiling
-        fill_share(np.zeros((0, 8), np.int64), 0, 1, scale, ratio, seed, 0, res, bicubic)
-
-    class CropDecoder(SimpleRGBImageDecoder):  # FFCV takes only its own class for a decoder
-        def declare_state_and_memory(self, previous_state):
-            memory = AllocationQuery((res, res, 3), np.dtype("u1"))
-            return replace(previous_state, jit_mode=True, shape=memory.shape,
-                           dtype=memory.dtype), memory
-
-        def generate_code(self):
-            read = self.memory_read
-            parallel = Compiler.get_iterator()
-            threads = Compiler.num_threads
-            self.batches = np.zeros(1, np.int64)
-            counter = self.batches.ctypes.data
-
-            def decode(batch_indices, destination, metadata, storage_state):
-                n = len(batch_indices)
-                number = atomic_add(counter, 1)
-                table = np.empty((n, 8), np.int64)
-                for i in range(n):
-                    sample = metadata[batch_indices[i]]
-                    data = read(sample["data_ptr"], storage_state)
-                    row = table[i]
-                    row[0] = data.ctypes.data
-                    row[1] = data.size
-                    row[2] = sample["mode"]
-                    row[3] = sample["width"]
-                    row[4] = sample["height"]
-                    row[5] = batch_indices[i]
-                    row[6] = destination[i].ctypes.data
-                for thread in parallel(threads):
-                    # Not literals, for each of which numba would compile a kernel of its own
-                    fill_share(table, np.int64(thread), np.int64(threads), scale, ratio,
-                               np.int64(seed), number, np.int64(res), np.int64(bicubic))
-                if table[:, 7].max() != 0:
-                    sample = batch_indices[np.argmax(table[:, 7])]
-                    with objmode():
-                        interrupt_ffcv(sample)
-                    raise ValueError("a sample of the .beton file is damaged")
-                return destination[:n]
-            decode.is_parallel = True
-            return decode
-    return CropDecoder()
