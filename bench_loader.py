@@ -47,9 +47,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, decode_planes,
-                         ffcv_decoder, make_scratch, random_box, remove_index, resized_crop,
-                         usable_cores)
+from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, Output, Stored,
+                         decode_planes, ffcv_decoder, make_scratch, random_box, remove_index,
+                         resized_crop, usable_cores)
 
 SCALE = (0.2, 1.0)  # of RandomResizedCrop, in every row
 RATIO = (3 / 4, 4 / 3)
@@ -733,9 +733,9 @@ def make_essl_steps(reader, res, step):
     def load(at, size, width, height, box, flip):
         os.preadv(reader.file.fileno(), [stored[:size]], at)
         if step == DECODE:
-            decode_planes(scratch.raw, size, width, height, *box, scratch)
+            decode_planes(Stored(scratch.raw, size, 0, width, height), box, scratch)
         elif step >= RESIZE:  # bicubic; the flip is part of its last write
-            resized_crop(scratch.raw, size, 0, width, height, *box, res, True, flip,
+            resized_crop(Stored(scratch.raw, size, 0, width, height), box, Output(res, True, flip),
                          crop.ctypes.data, scratch)
         return torch.from_numpy(crop)
     return load
