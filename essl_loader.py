@@ -618,7 +618,7 @@ class EpochLoader(contextlib.AbstractContextManager):
             self.scale = (float(scale[0]), float(scale[1]))
 
     def set_epoch(self, epoch: int):
-        """Starts the next iteration at the begin of this epoch. Else iterations count up from 0."""
+        """Makes the next iteration this epoch, from its start. Else iterations count up from 0."""
         self.epoch = int(epoch)
         self.batch = 0
         self._started = False
@@ -786,13 +786,15 @@ class EpochLoader(contextlib.AbstractContextManager):
         self.close()
 
 
-# The names of a loader's arguments: __getstate__ reads each as an attribute
-ARGUMENTS = list(inspect.signature(EpochLoader).parameters)[1:]  # without `data`
+# A loader's arguments are EpochLoader's without `data`. __getstate__ reads each as an attribute, and
+# help() shows them for the two loaders.
+PARAMETERS = list(inspect.signature(EpochLoader).parameters.values())[1:]
+SIGNATURE = inspect.Signature(PARAMETERS)
+ARGUMENTS = [parameter.name for parameter in PARAMETERS]
 
 
 # --- loader over a .beton file
 WINDOW = 512 << 20  # bytes in which order="pages" shuffles
-READ_PIECE = 1 << 20  # bytes of one request to read ahead: of a larger one, Linux reads 8 MB
 
 
 class ESSLLoader(EpochLoader):
@@ -812,6 +814,8 @@ class ESSLLoader(EpochLoader):
     A loader can be pickled: the copy opens the file again.
     Raises ValueError for an argument and DataError for the file; both say what to do.
     """
+
+    __signature__ = SIGNATURE
 
     def __init__(self, path: str | Path, *arguments, **named_arguments):
         self.reader = BetonReader(path)
@@ -868,6 +872,8 @@ class FolderLoader(EpochLoader):
     for Table 6).
     Raises ValueError for an argument, and DataError for the folder or a picture.
     """
+
+    __signature__ = SIGNATURE
 
     def __init__(self, path: str | Path, *arguments, **named_arguments):
         data = PictureFolder(path)
@@ -941,7 +947,7 @@ class FolderLoader(EpochLoader):
         except Exception as error:  # the user's function can raise anything
             at = traceback.extract_tb(error.__traceback__)[-1]
             raise DataError(f"{self.paths[sample]}: transform failed on it: {error!r}, "
-                            f"{at.filename}, line {at.lineno}. Correct transform.") from None
+                            f"{at.filename}, line {at.lineno}. Correct the transform.") from None
         return crop
 
     def _host_batches(self, positions, start):
@@ -1126,6 +1132,9 @@ def check_classes(train, val):
 # ==================================================================================================
 
 # --- the threads of ESSLLoader
+READ_PIECE = 1 << 20  # bytes of one request to read ahead: of a larger one, Linux reads 8 MB
+
+
 class Epoch:
     """The threads that fill one epoch's batches.
 
@@ -1194,7 +1203,7 @@ class Epoch:
                 self.wake_ups.get()
 
     def _read_ahead(self):
-        """Asks the system to read the windows of the coming batches, each from its begin on."""
+        """Asks the system to read the windows of the coming batches, each from its start on."""
         reader = self.loader.reader
         window = max(WINDOW, reader.page_size)
         size = self.job.batch_size
@@ -1556,6 +1565,14 @@ def print_once(text):
 # ==================================================================================================
 # THE KERNELS: how a batch is made
 #
+# The way of a sample, with the function of each step:
+#
+#     stored JPEG                    read_sample
+#     -> coefficients, row by row    decode_from_index, decode_units
+#     -> planes Y, Cb, Cr            row_to_planes, inverse_dct
+#     -> resized planes              write_crop: resize_rows along y, weighted_sum along x
+#     -> R, G, B, flipped            store_pixels, store_interleaved
+#
 # All of it is called by the functions above. numba compiles a kernel, and looks up the names in it,
 # when the kernel is called for the first time; so kernels can stand at the end of the file.
 # @njit(nogil=True, cache=True) marks what Python calls; plain @njit marks what only kernels call.
@@ -1756,7 +1773,7 @@ def integer_access(ir_type, extend):
     return load, store
 
 
-def float_access(kind, ir_type):
+def value_access(kind, ir_type):
     """Two functions for kernels: one loads a value of numba's type `kind`, one stores it there."""
     @emits(kind, types.intp)
     def load(builder, address):
@@ -1772,9 +1789,9 @@ load_byte, store_byte = integer_access(I8, ir.IRBuilder.zext)
 _, store_int16 = integer_access(I16, ir.IRBuilder.sext)
 load_int32, store_int32 = integer_access(I32, ir.IRBuilder.sext)
 load_int64, store_int64 = integer_access(I64, ir.IRBuilder.sext)
-load_float, store_float = float_access(types.float32, F32)
-load_floats, store_floats = float_access(FLOATS, FLOATS.ir_type)
-load_words, store_words = float_access(WORDS, WORDS.ir_type)
+load_float, store_float = value_access(types.float32, F32)
+load_floats, store_floats = value_access(FLOATS, FLOATS.ir_type)
+load_words, store_words = value_access(WORDS, WORDS.ir_type)
 
 
 @emits(types.uint64, types.intp)
@@ -2150,7 +2167,7 @@ def make_scratch(bytes_of, widths, heights, res):
 # --- JPEG: header and tables
 #
 # The terms are those of ITU-T T.81. An MCU is the 8x8 to 16x16 pixels whose blocks of all
-# components JPEG stores together. A unit is a piece of a row of MCUs that is decoded at one go; an
+# components JPEG stores together. A unit is a piece of a row of MCUs that is decoded in one go; an
 # index says where each begins.
 #
 # What parse_jpeg finds, in an array of int64:
@@ -2442,10 +2459,10 @@ def can_decode(stored, info, scratch):
 
 
 # --- JPEG: from entropy-coded data to coefficients
-# The coefficients of eight neighbouring blocks are a group: int16 [coefficient][block]. Behind them
-# is a place for trash: what is stored as coefficient 64 to 255.
+#
+# The coefficients of eight neighbouring blocks are a group: int16 [coefficient][block], in bytes:
+GROUP_TRASH = 1024  # where the coefficients end: what decodes as coefficient 64 to 255 is put here
 GROUP_SIZE = 1040
-GROUP_TRASH = 1024
 
 # A place says where a block of a row goes. In bytes from its address, all int64:
 PLACE_COEFS = 0  # address of its coefficients
@@ -2469,11 +2486,11 @@ UNIT_SIZE = 64
 STREAM_1 = 0  # address of the unit that the first stream is at
 STREAM_2 = 8
 NEXT_UNIT = 16  # address of the unit that the next free stream takes
-DAMAGED = 0  # in the place of a place's address
+DAMAGED = 0  # stands for the address of a stream's place where the data are damaged
 
 
 class Stream(NamedTuple):
-    """Where a stream is in the block that it decodes."""
+    """How far a stream has decoded its block."""
     word: int  # the next bits, at the top of 64
     position: int  # in bits, at the last refill of the word
     count: int  # see BLOCK_DONE
@@ -2521,20 +2538,21 @@ def bits_at(position):
 
 
 @njit(forceinline=True)
-def next_symbol(s, zigzag):
-    """A look-up decodes one symbol of a stream -> (stream, entry)."""
-    entry = load_int32(s.table + (np.int64(s.word >> U(64 - PREFIX)) << 2))
-    count = s.count + (entry & 0xFFFF)
-    store_int16(s.coefs + load_int64(zigzag + ((count >> 8 & 255) << 3)), entry >> 16)
-    word = s.word << U(entry & 63)
-    return Stream(word, s.position, count, s.table, s.coefs, s.place), entry
+def next_symbol(stream, zigzag):
+    """Decodes one symbol of a stream by a look-up -> (stream, entry of the Huffman table)."""
+    entry = load_int32(stream.table + (np.int64(stream.word >> U(64 - PREFIX)) << 2))
+    count = stream.count + (entry & 0xFFFF)
+    store_int16(stream.coefs + load_int64(zigzag + ((count >> 8 & 255) << 3)), entry >> 16)
+    word = stream.word << U(entry & 63)
+    return Stream(word, stream.position, count, stream.table, stream.coefs, stream.place), entry
 
 
 @njit(forceinline=True)
-def refill(s):
+def refill(stream):
     """Reads a stream's next bits, behind those that are used."""
-    position = s.position + (s.count & 255)
-    return Stream(bits_at(position), position, s.count & -256, s.table, s.coefs, s.place)
+    position = stream.position + (stream.count & 255)
+    return Stream(bits_at(position), position, stream.count & -256, stream.table, stream.coefs,
+                  stream.place)
 
 
 @njit(forceinline=True)
@@ -2550,7 +2568,7 @@ def long_symbol(entry, word, table):
 def next_block(current, next_unit, position, place):
     """A block ends: decodes the DC coefficient of the next (ITU-T T.81, F.2.2.1) -> Stream.
 
-    current: where the address of the stream's unit is; next_unit: where that of the next unit is.
+    current: where scratch.streams holds the stream's unit; next_unit: where it holds the next one.
     position, place: where the block ended, and its place.
     """
     unit = load_int64(current)
@@ -2581,14 +2599,14 @@ def next_block(current, next_unit, position, place):
 
 
 @njit(forceinline=True)
-def after_symbol(s, entry, current, next_unit, zigzag):
+def after_symbol(stream, entry, current, next_unit, zigzag):
     """Goes on after a symbol that is an escape or ends its block -> Stream."""
-    position = s.position + (s.count & 255)
-    k = s.count >> 8
+    position = stream.position + (stream.count & 255)
+    k = stream.count >> 8
     if k >= ESCAPE:
         k -= ESCAPE
         word = bits_at(position)
-        length, symbol = long_symbol(entry, word, s.table)
+        length, symbol = long_symbol(entry, word, stream.table)
         size = symbol & 15
         position += length + size
         k += (symbol >> 4) + 1
@@ -2596,12 +2614,13 @@ def after_symbol(s, entry, current, next_unit, zigzag):
             k = END_OF_BLOCK
         elif size > 0:
             value = value_at_top(word << U(length), size)
-            store_int16(s.coefs + load_int64(zigzag + 8 * k), value)
+            store_int16(stream.coefs + load_int64(zigzag + 8 * k), value)
         if length == 0:
             k = 64
         if k < 63:
-            return Stream(bits_at(position), position, k << 8, s.table, s.coefs, s.place)
-    following = next_block(current, next_unit, position, s.place)
+            return Stream(bits_at(position), position, k << 8, stream.table, stream.coefs,
+                          stream.place)
+    following = next_block(current, next_unit, position, stream.place)
     if 63 < k < END_OF_BLOCK:  # more coefficients than a block has
         return Stream(following.word, following.position, following.count, following.table,
                       following.coefs, DAMAGED)
@@ -2661,13 +2680,6 @@ def set_unit(unit, begin, limit, place, places_end):
 
 
 @njit
-def set_predictors(unit, luma, cb, cr):
-    store_int64(unit + UNIT_PREDICTORS, luma)
-    store_int64(unit + UNIT_PREDICTORS + 8, cb)
-    store_int64(unit + UNIT_PREDICTORS + 16, cr)
-
-
-@njit
 def blocks_of_mcu(info):
     return info[H_SAMP] * info[V_SAMP] + info[COMPONENTS] - 1
 
@@ -2707,15 +2719,14 @@ def list_places(info, first, last, col0, col1, scratch):
 @njit
 def start_streams(number, scratch):
     """Puts both streams before unit 1, and behind `number` units two for them to wait in."""
-    # Unit 0 is over after its first block
-    set_unit(scratch.units, 0, 0, 0, PLACE_SIZE)
+    memset(scratch.units, 0, UNIT_SIZE)  # unit 0, which ends at once
+    store_int64(scratch.units + UNIT_PLACES_END, PLACE_SIZE)
     store_int64(scratch.streams + STREAM_1, scratch.units)
     store_int64(scratch.streams + STREAM_2, scratch.units)
     store_int64(scratch.streams + NEXT_UNIT, scratch.units + UNIT_SIZE)
     for n in range(number + 1, number + 3):
         unit = scratch.units + UNIT_SIZE * n
-        set_unit(unit, 8 * scratch.wait, 8 * scratch.wait + 64, scratch.places, 0)
-        set_predictors(unit, 0, 0, 0)
+        set_unit(unit, 8 * scratch.wait, 8 * scratch.wait + 64, scratch.places, scratch.places)
 
 
 @njit
@@ -2726,6 +2737,7 @@ def fill_zigzag(zigzag):
 
 
 # --- JPEG: from coefficients to planes of samples
+#
 # A plane of samples is a row of int64, here as columns:
 (PLANE_ADDRESS, PLANE_STRIDE,
  PLANE_LEFT, PLANE_TOP,  # the picture's pixel where it begins
@@ -2853,12 +2865,13 @@ def decode_from_start(stored, info, box, scratch):
         return OTHER_KIND
     limit = 8 * (scratch.clean + unstuff(info[SCAN], end, scratch.clean))
     row0, row1, col0, col1 = mcus_of(info, box)
-    row_bytes = list_places(info, 0, info[MCUS_X], col0, col1, scratch)
+    first = np.int64(0)  # numba would compile list_places again for a literal
+    row_bytes = list_places(info, first, info[MCUS_X], col0, col1, scratch)
     unit = scratch.units + UNIT_SIZE
     place = scratch.places + PLACE_SIZE
     places_end = place + PLACE_SIZE * blocks_of_mcu(info) * info[MCUS_X]
     position = 8 * scratch.clean
-    set_predictors(unit, 0, 0, 0)
+    memset(unit + UNIT_PREDICTORS, 0, 24)
     for row in range(row1):
         memset(scratch.coefs, 0, row_bytes)
         start_streams(1, scratch)
@@ -3000,8 +3013,8 @@ def list_units(stored, info, entries, data_end, count, places_end, scratch):
         unit += UNIT_SIZE
         set_unit(unit, 8 * clean + (begin & 7), 8 * (clean + size) + (end & 7), place,
                  min(place + unit_places, places_end))
-        set_predictors(unit, predictor_of(entry, 0), predictor_of(entry, 1),
-                       predictor_of(entry, 2))
+        for c in range(3):
+            store_int64(unit + UNIT_PREDICTORS + 8 * c, predictor_of(entry, c))
         place += unit_places
         clean += size + 1
         entry = next_entry
@@ -3060,7 +3073,7 @@ def index_jpeg(stored, entries, scratch):
     clean = scratch.clean
     limit = 8 * (clean + unstuff(at, end, clean))
     position = 8 * clean
-    set_predictors(unit, 0, 0, 0)
+    memset(unit + UNIT_PREDICTORS, 0, 24)
     num_units = info[MCUS_Y] * units_of_row(info)
     for number in range(num_units + 1):
         at = place_in_file(at, clean, position >> 3, end)
@@ -3088,14 +3101,14 @@ def index_jpeg(stored, entries, scratch):
 
 # --- resize: antialiased. Reference: Pillow's resize of the crop, plane by plane
 class Output(NamedTuple):
-    """What becomes of a crop."""
+    """What a crop becomes."""
     res: int  # side, in pixels
     bicubic: bool  # else bilinear
     flip: bool
 
 
 class Span(NamedTuple):
-    """The part of a row or column of samples that is resized."""
+    """The pixels of an axis that are resized, and the samples that they lie in."""
     begin: int  # its first pixel, from sample 0 on
     size: int  # pixels
     count: int  # samples from sample 0 on
@@ -3120,11 +3133,11 @@ def pixel_weights(pixels, centers, low, high, narrower, bicubic):
 
     The filter is the triangle, or Keys' cubic with a = -0.5.
     """
-    d = magnitude(pixels - centers) * narrower
-    near = clamp(d, 0, 1)
+    distance = magnitude(pixels - centers) * narrower
+    near = clamp(distance, 0, 1)
     values = 1 - near
     if bicubic:  # each of its two pieces is 0 where the other one holds
-        far = clamp(d, 1, 2)
+        far = clamp(distance, 1, 2)
         far_value = (2.5 - 0.5 * far) * far - 4
         values = (1.5 * near - 2.5) * near * near + 1 + far_value * far + 2
     return values * (clamp(pixels - low + 1, 0, 1) * clamp(high - pixels + 1, 0, 1))
@@ -3163,17 +3176,17 @@ def make_axis(span, out, bicubic, half_level, memory, work):
         for t in range(taps):
             samples = starts + t
             at = samples if step == 1 else samples + samples
-            v = pixel_weights(at, centers, low, high, narrower, bicubic)
+            values = pixel_weights(at, centers, low, high, narrower, bicubic)
             if step == 2:  # a pixel lies a quarter of a sample off its sample, towards the next
-                v = v + pixel_weights(at + 1, centers, low, high, narrower, bicubic)
+                values = values + pixel_weights(at + 1, centers, low, high, narrower, bicubic)
                 before = clamp(at - 1, -origin, 1e9)  # at an end, the sample itself
                 behind = clamp(at + 2, -1e9, 2 * span.count - 1 - origin)
                 others = pixel_weights(before, centers, low, high, narrower, bicubic)
                 others = others + pixel_weights(behind, centers, low, high, narrower, bicubic)
-                v = 0.75 * v + 0.25 * others
-                v = v * clamp(span.count - origin // 2 - samples, 0, 1)
-            store_floats(work + 32 * t, v)
-            total = total + v
+                values = 0.75 * values + 0.25 * others
+                values = values * clamp(span.count - origin // 2 - samples, 0, 1)
+            store_floats(work + 32 * t, values)
+            total = total + values
         norm = 16384 / total
         for t in range(taps):
             store_integers(weights + 4 * i * taps + 32 * t, load_floats(work + 32 * t) * norm)
@@ -3302,6 +3315,7 @@ def write_crop(box, output, to, scratch):
     out = (res + 31) // 32 * 32
     for row in range(0, out, 64):
         for i in range(res):
+            # Each is four vectors: even and odd samples of 32, then of the next 32
             a = weighted_sum(luma, i, row)
             b = weighted_sum(chroma, i, row)
             c = weighted_sum(chroma, i, row + out)
