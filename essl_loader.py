@@ -85,6 +85,7 @@ TRAILER = np.dtype([
     ("crc32", "<u4"),  # of all bytes before it; `build_beton.py --verify` compares it
     ("format", "S8")])
 TRAILER_SIZE = TRAILER.itemsize
+# Where its fields begin, in bytes
 CHECKSUM_AT = TRAILER.fields["checksum"][1]
 INDEX_SIZE_AT = TRAILER.fields["index_size"][1]
 CRC32_AT = TRAILER.fields["crc32"][1]
@@ -786,8 +787,8 @@ class EpochLoader(contextlib.AbstractContextManager):
         self.close()
 
 
-# A loader's arguments are EpochLoader's without `data`. __getstate__ reads each as an attribute, and
-# help() shows them for the two loaders.
+# A loader's arguments are EpochLoader's without `data`. __getstate__ reads each as an attribute,
+# and help() shows them for the two loaders.
 PARAMETERS = list(inspect.signature(EpochLoader).parameters.values())[1:]
 SIGNATURE = inspect.Signature(PARAMETERS)
 ARGUMENTS = [parameter.name for parameter in PARAMETERS]
@@ -1311,8 +1312,8 @@ def start_folder_worker(_):
 def end_with_parent():
     """Called in a forked worker process: ends it within a second after its parent has ended.
 
-    A killed parent cannot end it. torch's workers see by themselves that the parent is gone, but
-    then wait for ever for somebody to take their results out of the pipe.
+    A parent that is killed cannot end its workers. torch's workers see by themselves that it is
+    gone, but then wait for ever for somebody to take their results out of the pipe.
     """
     parent = multiprocessing.parent_process().pid
 
