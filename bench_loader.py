@@ -66,9 +66,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, decode_planes,
-                         ffcv_decoder, make_scratch, random_box, remove_index, resized_crop,
-                         usable_cores)
+from essl_loader import (BetonReader, DataError, ESSLLoader, FolderLoader, Output, Stored,
+                         decode_planes, ffcv_decoder, make_scratch, random_box, remove_index,
+                         resized_crop, usable_cores)
 
 SCALE = (0.2, 1.0)  # RandomResizedCrop's, in every row
 RATIO = (3 / 4, 4 / 3)
@@ -839,11 +839,11 @@ def make_essl_steps(reader, res, last_step):
 
     def load(at, size, width, height, box, flip):
         os.preadv(reader.file.fileno(), [stored[:size]], at)
+        sample = Stored(scratch.raw, size, 0, width, height)
         if last_step == DECODE:
-            decode_planes(scratch.raw, size, width, height, *box, scratch)
+            decode_planes(sample, box, scratch)
         elif last_step >= RESIZE:  # bicubic; it decodes too, and its last write flips
-            resized_crop(scratch.raw, size, 0, width, height, *box, res, True, flip,
-                         crop.ctypes.data, scratch)
+            resized_crop(sample, box, Output(res, True, flip), crop.ctypes.data, scratch)
         return torch.from_numpy(crop)
     return load
 

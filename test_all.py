@@ -1179,8 +1179,9 @@ def test_loader_crop_decode_equals_crop_of_full_decode(subsampling):
             kept = []
             for data in (sample, jpeg):
                 stored = np.frombuffer(data, np.uint8)
-                code = essl_loader.decode_planes(stored.ctypes.data, len(data), width, height, x, y,
-                                                 right - x, bottom - y, scratch)
+                code = essl_loader.decode_planes(
+                    essl_loader.Stored(stored.ctypes.data, len(data), 0, width, height),
+                    essl_loader.Box(x, y, right - x, bottom - y), scratch)
                 assert code == essl_loader.OK
                 planes = essl_loader.int64s_at(scratch.plane, (3, essl_loader.PLANE_SIZE))
                 for row, expected in zip(planes.tolist(), full[:1 if gray else 3]):
@@ -1310,7 +1311,8 @@ def test_loader_keeps_its_memory_and_its_kernel(beton):
 def test_loader_kernels_compile_for_arm():
     """LLVM makes aarch64 code, with that machine's vector instructions, of a sample's kernel."""
     _, scratch = essl_loader.make_scratch(*np.array([[100], [10], [10]]), 32)
-    signature = (types.int64,) * 10 + (types.boolean, types.boolean, types.int64, typeof(scratch))
+    signature = (typeof(essl_loader.Stored(0, 0, 0, 0, 0)), typeof(essl_loader.Box(0, 0, 0, 0)),
+                 typeof(essl_loader.Output(32, True, False)), types.int64, typeof(scratch))
     kernel = numba.njit(essl_loader.resized_crop.py_func)  # one from the cache has no LLVM code
     kernel.compile(signature)
     text = re.sub('"target-(cpu|features)"="[^"]*"|target (datalayout|triple) = .*', "",
@@ -1963,8 +1965,9 @@ def guarded_crop(data, width, height, box):
     stored = guarded(len(data))
     stored[:] = np.frombuffer(data, np.uint8)
     out = guarded(48 * 48 * 3)
-    code = essl_loader.resized_crop(stored.ctypes.data, len(data), 0, width, height, *box, 48, True,
-                                    False, out.ctypes.data, scratch)
+    code = essl_loader.resized_crop(
+        essl_loader.Stored(stored.ctypes.data, len(data), 0, width, height), essl_loader.Box(*box),
+        essl_loader.Output(48, True, False), out.ctypes.data, scratch)
     return code, out.tobytes()
 
 
