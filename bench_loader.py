@@ -110,20 +110,14 @@ def get_args(argv=None):
     add("--img-s", type=int, nargs="+", default=[11863],
         help="compute how many cores load these numbers of images/s (default: 11863)")
     words = sys.argv[1:] if argv is None else argv
-    args = p.parse_args([with_hyphens(word) for word in words])
+    # Flags may be written with underscores: --batch_size is --batch-size
+    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
+    args = p.parse_args(words)
     args.num_workers = args.num_workers or usable_cores()
     numbers = (args.batch_size, args.num_workers, args.images, args.passes, *args.res, *args.img_s)
     if min(numbers) < 1:
         p.error("A number is below 1. Only --num-workers may be 0.")
     return args
-
-
-def with_hyphens(word):
-    """A word of the command line: --batch_size becomes --batch-size, and a value stays."""
-    flag, equals, value = word.partition("=")
-    if flag.startswith("--"):
-        flag = flag.replace("_", "-")
-    return flag + equals + value
 
 
 # --- report: what is printed also goes into the JSON file

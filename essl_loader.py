@@ -241,6 +241,8 @@ class Names(Sequence):
         return len(self._offsets) - 1
 
     def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self.path}: there is no name {i}, it holds {len(self):,}")
         i %= len(self)
@@ -903,7 +905,7 @@ class FolderLoader(EpochLoader):
                 with contextlib.suppress(Exception):  # Pillow raises anything on broken EXIF
                     ImageOps.exif_transpose(picture, in_place=True)
                 if picture.mode[0] in "IF":  # convert() would clip 16-bit grey at 255
-                    raise ValueError(f"more than 8 bits a pixel (mode {picture.mode}): convert it")
+                    raise ValueError(f"it has more than 8 bits a pixel (mode {picture.mode})")
                 return picture.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
