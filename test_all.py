@@ -461,7 +461,8 @@ TAKEN = {  # files, {name: class}, words of the two lines, options
                {"a.jpg": None}, ("2 hidden folders (#recycle, .trash) with 2 pictures",
                                  "1 hidden file (._a.jpg)", ".ini", "no ending"), {}),
     "a label alone beside keys": (
-        {"in/0.tar": tar_of([("a.jpg", X), ("a.1.jpg", X), ("a.1.cls", b"fox"), ("b.cls", b"owl")])},
+        {"in/0.tar": tar_of([("a.jpg", X), ("a.1.jpg", X), ("a.1.cls", b"fox"),
+                             ("b.cls", b"owl")])},
         {"a.jpg": "fox", "a.1.jpg": "fox"}, ("1 label without a picture (b.cls)",), {}),
     "hidden beside classes": ({"in/rose/a.jpg": X, "in/__MACOSX/rose/._a.jpg": X},
                               {"rose/a.jpg": "rose"}, ("__MACOSX",), {}),
