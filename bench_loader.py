@@ -23,7 +23,7 @@ The sections:
                  number of threads or processes. Only the image folder and ESSL flip.
                  first_batch_s: the time from opening the loader to its first batch, in a new
                  process, after the imports, and with our kernels in numba's cache.
-                 memory_MB: what a pass takes at most, beyond what its process holds between passes.
+                 memory_MB: peak memory of a pass, without what its process holds between passes.
                  cores_for_N: the number of cores that load N images/s.
                  The table `methods` says what each row reads, decodes and resizes by.
   decomposition  the steps of loading, each with all steps before it, on one core (Table 13)

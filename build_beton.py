@@ -117,7 +117,7 @@ def get_args(argv=None):
                         help="draw a small training set and a small validation set")
     action.add_argument("--verify", type=Path, metavar="FILE", help="check every byte of a .beton")
     add("--exclude-bad", action="store_true",
-        help="note the bad samples that --verify finds, so that loaders leave them out")
+        help="with --verify: mark bad samples, so that loaders leave them out")
     add("--out", type=Path, help="write this .beton; two files about it are written beside it")
     add("--out-dir", type=Path, default=Path("data"),
         help="write the files of --demo into this folder (default: data)")
@@ -125,19 +125,19 @@ def get_args(argv=None):
         help="read the labels from a text or csv file of file names and classes; one-hot columns "
              "and Kaggle's boxes are understood")
     add("--classes", type=Path, metavar="FILE",
-        help="give the classes the numbers that they have in this .beton")
+        help="use the class numbers of this .beton")
     add("--unlabelled", action="store_true",
         help="ignore all labels and class folders; each picture gets the label -1")
     add("--columns", nargs=2, metavar=("IMAGE", "LABEL"),
         help="name the columns of a .parquet (default: find them by their types and names)")
     add("--lossless", action="store_true",
-        help="keep a JPEG as it is if --max-resolution allows its size")
+        help="keep JPEGs that are not larger than --max-resolution")
     add("--max-resolution", type=int, default=500,
         help="shrink pictures whose longest side has more pixels than this (default: 500)")
     add("--quality", type=int, default=95,
         help="compress JPEGs with this quality, from 1 to 100 (default: 95)")
     add("--chroma", choices=("420", "444"), default="420",
-        help="store colours with this sampling (default: 420)")
+        help="JPEG chroma subsampling: 4:2:0 or 4:4:4 (default: 420)")
     add("--codec", choices=tuple(RESAMPLING), default="turbojpeg",
         help="shrink by area as FFCV does (turbojpeg), or by bicubic (pil) (default: turbojpeg)")
     add("--num-workers", type=int, default=0,

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -47,13 +46,14 @@ from schedules import (FINETUNE, FINETUNE_SCHEMES, check_batches, lr_at, stage_a
 MIN_LR = 1e-6
 # At magnitude 10 timm's RandAug posterizes to 0 bits, which Pillow refuses
 RAND_AUG = ("rand-m9-mstd0.5-inc1", {"magnitude_max": 9.99})
-# Flags that a resumed run may change; all others must be those of the run before
+# A resumed run may change these flags; all others must stay as they were
 FREE = ("finetune", "eval", "data", "val_data", "output_dir", "model", "input_size", "batch_size",
         "compile", "resume", "num_workers", "save_minutes", "benchmark")
 
 
 def get_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
+                                allow_abbrev=False)
     add = p.add_argument
     on_off = argparse.BooleanOptionalAction
     add("--finetune", metavar="WEIGHTS",
@@ -68,30 +68,34 @@ def get_args(argv):
         help="full resolution in pixels; the default is the checkpoint's, else 224")
     add("--scheme", default="s1", choices=FINETUNE_SCHEMES,
         help="resolution, crops and augmentation of each stage; `python schedules.py` prints them")
-    add("--aug", default="3aug", choices=("3aug", "rand"), help="the scheme's 3 Aug, or RandAug")
+    add("--aug", default="3aug", choices=("3aug", "rand"),
+        help="3aug: the scheme's augmentation; rand: RandAug")
     add("--epochs", type=int, default=FINETUNE["epochs"], help="passes over the data")
     add("--warmup-epochs", type=float, default=FINETUNE["warmup_epochs"],
         help="epochs in which the learning rate rises from 0")
     add("--drop-path", type=float, default=0.1, help="stochastic depth at the last block")
     add("--blr", type=float, default=FINETUNE["blr"], help="learning rate for 256 images a step")
     add("--layer-decay", type=float, default=FINETUNE["layer_decay"],
-        help="the learning rate of a block over that of the next one")
+        help="learning rate of a block, divided by that of the block after it")
     add("--weight-decay", type=float, default=FINETUNE["weight_decay"],
-        help="weight decay; vectors have none")
+        help="weight decay; biases and norms have none")
     add("--mixup", type=float, default=0.8, help="mixup's alpha; 0: none")
-    add("--cutmix", type=float, default=1.0, help="CutMix's alpha, in turn with mixup; 0: none")
+    add("--cutmix", type=float, default=1.0,
+        help="CutMix's alpha; each batch gets mixup or CutMix by chance; 0: none")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--reprob", type=float, default=0.25, help="share of pictures with a rectangle erased")
     add("--total-batch", type=int, default=FINETUNE["total_batch"],
         help="pictures in a step, over all GPUs")
     add("--batch-size", type=int, default=128,
-        help="pictures that a GPU computes at once; gradients add up to --total-batch")
-    add("--compile", action=on_off, default=torch.cuda.is_available(), help="use torch.compile")
+        help="pictures that a GPU computes at once; gradients are summed up to --total-batch")
+    add("--compile", action=on_off, default=torch.cuda.is_available(),
+        help="use torch.compile; the default on a GPU")
     add("--seed", type=int, default=0, help="decides weights, order, crops and augmentation")
     add("--resume", default="auto",
         help="auto: go on from the run's last.pt if there is one; none: begin a new run; PATH: "
-             "begin from this checkpoint. none and PATH count once")
-    add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
+             "begin from this checkpoint. none and PATH count at the first start only")
+    add("--num-workers", type=int, default=0,
+        help="loader threads per process; 0: all cores that the process may use")
     add("--order", default="random", choices=("random", "pages"),
         help="pages: for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
@@ -111,8 +115,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_flags(parser, argv):
-    """argv -> arguments. --total_batch is --total-batch; a warm-up lasts at most 1/4 of the run."""
-    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    """argv -> arguments. Underscores in the names of flags count as hyphens. A warm-up is cut to a
+    quarter of the run."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        words.append(name + equals + value)
     args = parser.parse_args(words)
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
@@ -144,7 +154,8 @@ def setup(seed, training):
         dist.init_process_group(backend, None, timedelta(hours=1), world_size, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    flag = stop.numpy()  # the same memory; torch's own operations would fail amid torch.compile
+    # The same memory: a signal may come while torch.compile traces, where torch's operations fail
+    flag = stop.numpy()
     if training:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: flag.fill(1))
@@ -158,7 +169,7 @@ def seed_step(seed, step, rank):
 
 
 def refuse_tasks_without_ranks():
-    """Ends a Slurm task that is one of several and does not know its rank, and says what to run."""
+    """Ends the run if Slurm started several tasks without torchrun, and says what to start."""
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
     if tasks == 1 or "RANK" in os.environ:
         return
@@ -185,11 +196,12 @@ def connect(rank, world_size, minutes=5):
                          "torchrun sets all of them.")
     host = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(minutes=minutes)
     own_key = uuid.uuid4().hex
     try:
-        store = dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=is_server, timeout=limit,
+                              wait_for_workers=False)
         if rank > 0:
             store.set(f"rank {rank}", own_key)
             prefix = store.get(own_key).decode()  # waits for rank 0's answer
@@ -229,7 +241,7 @@ def check_ranks(**values):
 
 
 def on_any_rank(flag):
-    """Whether the flag (1,) is set on a rank: so all ranks stop after the same step."""
+    """Whether any rank has set the flag (1,), so that all ranks stop after the same step."""
     flag = flag.clone()  # a signal may set it at any moment
     if dist.is_initialized():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
@@ -237,20 +249,21 @@ def on_any_rank(flag):
 
 
 def leave():
-    """The ranks end together: if one ended first, torchrun would kill rank 0 while it writes."""
+    """Waits for all ranks, then ends the process group. If one ended first, torchrun would kill
+    rank 0 while it writes."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def print0(text):
-    """Rank 0 prints; a progress bar stays below."""
+    """Prints on rank 0, above a progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
 def log(board, step, **values):
-    """Writes a line of log.jsonl, and the same to TensorBoard. On ranks but 0 board is None."""
+    """Writes a line of log.jsonl, and the same to TensorBoard. Only rank 0 has a board."""
     if board:
         with open(Path(board.log_dir, "log.jsonl"), "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
@@ -268,7 +281,8 @@ def lock_folder(folder):
         raise SystemExit(f"{folder} is in use by {owner}. Wait until that has ended (its lock ends "
                          "with it), or give another --output-dir.")
     except OSError as e:
-        return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+        print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+        return
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
@@ -276,11 +290,11 @@ def lock_folder(folder):
 
 
 def starts_over(args, folder, free):
-    """Whether this start begins a new run, as --resume none or --resume PATH ask, or goes on.
+    """Whether this start begins a new run, as --resume none or --resume PATH ask.
 
-    The same command again must go on with the run that it began. So --resume none and PATH count
-    only where the folder's run, by its args.json, had another command. free: the flags that are
-    left out of this comparison.
+    It does if args.json in the folder holds another command, or a finished run. Else the folder's
+    run was begun by this very command, which was given again to go on. free: flags that may differ
+    in the same command.
     """
     last = folder / "last.pt"
     if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
@@ -307,18 +321,18 @@ def resume_path(args, folder, new_run):
 
 
 def begin_run(args, folder, new_run, **about):
-    """Writes args.json. A new run first puts an earlier one aside and copies PATH to last.pt."""
+    """Writes args.json. A new run first moves an earlier one to old_1/, and PATH to last.pt."""
     if new_run:
         tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
         if args.resume != "none":
-            shutil.copyfile(args.resume, tmp_path)  # it may lie among what is put aside
-        put_aside(folder)
+            shutil.copyfile(args.resume, tmp_path)  # it may be one of the files that are moved
+        move_old_run(folder)
         if args.resume != "none":
             os.replace(tmp_path, folder / "last.pt")
     write_args(args, folder, **about)
 
 
-def put_aside(folder):
+def move_old_run(folder):
     """Moves what an earlier run left in a folder into old_1/, or the next free number."""
     patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
                 "results.jsonl", "events.out.*", "scripts")
@@ -343,7 +357,7 @@ def write_args(args, folder, **about):
 
 
 def save_checkpoint(path, **state):
-    """Writes aside, then renames: the file at `path` is always whole."""
+    """Writes to a temporary file and renames it, so that the file at `path` is always whole."""
     tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
@@ -353,7 +367,7 @@ def save_checkpoint(path, **state):
         tmp_path.unlink(missing_ok=True)
         reason = e
         if isinstance(e, RuntimeError):
-            reason = e.__context__ or e
+            reason = e.__context__ or e  # the OSError
         raise SystemExit(f"{path} cannot be written: {reason}. Make room for it, then give the "
                          "same command again: the run goes on from its last checkpoint.")
     os.replace(tmp_path, path)
@@ -579,7 +593,8 @@ def settings_of(args, model, loader, weights, scheme, classes):
     shares = tuple(stage.pop("share") for stage in stages)
     sum_of_weights = sum(tensor.double().abs().sum() for tensor in weights.values())
     return settings | model.settings | dict(
-        num_samples=len(loader.indices), data_checksum=loader.checksum, classes=classes,
+        num_samples=len(loader.indices), steps_per_epoch=loader.num_samples // args.total_batch,
+        data_checksum=loader.checksum, classes=classes,
         scheme_stages=stages, shares=shares, weights=f"{sum_of_weights:.9g}")
 
 
@@ -647,8 +662,8 @@ def main(args):
 
     # --- optimizer
     optimizer = make_optimizer(model, args)
-    # At scale 1 it only skips steps whose gradients are not finite: see pretrain.py
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
+    # Its scale stays 1: it is here to skip steps whose gradients are not finite, see pretrain.py
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
 
     # --- resume
     settings = settings_of(args, model, loader, weights, scheme, classes)
@@ -682,14 +697,15 @@ def main(args):
         lr = set_lr(optimizer, step, num_steps, args)
         for micro in range(accum):
             images, targets = next(batches)
-            ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
+            # DDP averages the gradients in the last one alone; without DDP nothing reads this
+            ddp_model.require_backward_grad_sync = micro == accum - 1
             with autocast:
                 scores = compute_scores(images)
             loss = criterion(scores.float(), targets)
             scaler.scale(loss / accum).backward()
             meter.add(loss)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(1.0)
         optimizer.zero_grad()
         meter.steps += 1
         steps_done = step + 1
@@ -702,7 +718,6 @@ def main(args):
             img_s = meter.steps * args.total_batch / (time.monotonic() - meter.t0)
             # AdamW counts the steps that were not skipped
             skipped_steps = steps_done - int(optimizer.state[model.cls_token]["step"])
-            scaler.update(1.0)  # each skipped step has halved the scale
             if not math.isfinite(mean_loss) or skipped_steps > steps_done / 2:
                 raise DataError(f"epoch {epoch + 1}: loss {mean_loss}, {skipped_steps} steps whose "
                                 "gradients were not finite. Lower --blr, and start over with "
@@ -746,7 +761,7 @@ def main(args):
     if board:
         board.close()
     leave()
-    sys.exit(steps_done < num_steps)
+    sys.exit(1 if steps_done < num_steps else 0)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 8 linprobe.py --checkpoint runs/pretrain/last.pt  # as published
     python linprobe.py --checkpoint runs/pretrain/last.pt --cached   # features computed once
     python linprobe.py --checkpoint runs/pretrain/last.pt --knn      # no training at all
-    python linprobe.py --checkpoint none                             # random weights, the floor
-    python linprobe.py --checkpoint runs/pretrain/last.pt --features FILE.npz  # those of --data
+    python linprobe.py --checkpoint none                             # random weights: the lowest
+    python linprobe.py --checkpoint runs/pretrain/last.pt --features FILE.npz  # only writes them
 
 --features writes arrays with a row for each picture: features (n, D) of centre crops in float16,
 labels (n,), -1 for none, samples (n,), the picture's number in the file, names (n,), its path in
@@ -18,7 +18,6 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -44,26 +43,27 @@ from essl_loader import DataError, check_classes, open_loader
 from models_mae import WeightsError
 from schedules import check_batches, lr_at
 
-# Flags that a resumed run may change; all others must be those of the run before
+# A resumed run may change these flags; all others must stay as they were
 FREE = ("checkpoint", "data", "val_data", "output_dir", "batch_size", "compile", "resume",
         "num_workers", "save_minutes", "features")
 
 
 def get_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
+                                allow_abbrev=False)
     add = p.add_argument
     on_off = argparse.BooleanOptionalAction
     add("--checkpoint", required=True,
         help="the encoder: ours, official MAE's, timm's, Hugging Face's; none: random weights")
     add("--pool", default="cls", choices=("cls", "mean"),
         help="the features: the class token, or the mean of the patch tokens")
-    add("--knn", action="store_true", help="k-nearest neighbours in the place of a linear probe")
+    add("--knn", action="store_true", help="k-nearest neighbours instead of a linear probe")
     add("--cached", action="store_true",
         help="train on features of centre crops, which are computed once and kept in memory")
     add("--features", type=Path, metavar="FILE.npz",
         help="only write the features of --data to this file")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or class folders")
-    add("--val-data", default="data/val_500_100.beton", help="held-out set, likewise")
+    add("--val-data", default="data/val_500_100.beton", help="held-out set: .beton or folder")
     add("--output-dir", default="runs/linprobe", help="the run's folder")
     add("--model", choices=models_mae.VIT_SIZES,
         help="model size; the default is the checkpoint's, else ViT-B")
@@ -76,13 +76,15 @@ def get_args(argv):
     add("--weight-decay", type=float, default=0.0, help="weight decay; the bias has none")
     add("--total-batch", type=int, default=16384, help="pictures in a step, over all GPUs")
     add("--batch-size", type=int, default=512,
-        help="pictures that a GPU computes at once; gradients add up to --total-batch")
-    add("--compile", action=on_off, default=torch.cuda.is_available(), help="use torch.compile")
+        help="pictures that a GPU computes at once; gradients are summed up to --total-batch")
+    add("--compile", action=on_off, default=torch.cuda.is_available(),
+        help="use torch.compile; the default on a GPU")
     add("--seed", type=int, default=0, help="decides weights, order and crops")
     add("--resume", default="auto",
         help="auto: go on from the run's last.pt if there is one; none: begin a new run; PATH: "
-             "begin from this checkpoint. none and PATH count once")
-    add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
+             "begin from this checkpoint. none and PATH count at the first start only")
+    add("--num-workers", type=int, default=0,
+        help="loader threads per process; 0: all cores that the process may use")
     add("--order", default="random", choices=("random", "pages"),
         help="pages: for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
@@ -98,8 +100,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_flags(parser, argv):
-    """argv -> arguments. --total_batch is --total-batch; a warm-up lasts at most 1/4 of the run."""
-    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    """argv -> arguments. Underscores in the names of flags count as hyphens. A warm-up is cut to a
+    quarter of the run."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        words.append(name + equals + value)
     args = parser.parse_args(words)
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
@@ -131,7 +139,8 @@ def setup(seed, training):
         dist.init_process_group(backend, None, timedelta(hours=1), world_size, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    flag = stop.numpy()  # the same memory; torch's own operations would fail amid torch.compile
+    # The same memory: a signal may come while torch.compile traces, where torch's operations fail
+    flag = stop.numpy()
     if training:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: flag.fill(1))
@@ -145,7 +154,7 @@ def seed_step(seed, step, rank):
 
 
 def refuse_tasks_without_ranks():
-    """Ends a Slurm task that is one of several and does not know its rank, and says what to run."""
+    """Ends the run if Slurm started several tasks without torchrun, and says what to start."""
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
     if tasks == 1 or "RANK" in os.environ:
         return
@@ -172,11 +181,12 @@ def connect(rank, world_size, minutes=5):
                          "torchrun sets all of them.")
     host = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(minutes=minutes)
     own_key = uuid.uuid4().hex
     try:
-        store = dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=is_server, timeout=limit,
+                              wait_for_workers=False)
         if rank > 0:
             store.set(f"rank {rank}", own_key)
             prefix = store.get(own_key).decode()  # waits for rank 0's answer
@@ -216,7 +226,7 @@ def check_ranks(**values):
 
 
 def on_any_rank(flag):
-    """Whether the flag (1,) is set on a rank: so all ranks stop after the same step."""
+    """Whether any rank has set the flag (1,), so that all ranks stop after the same step."""
     flag = flag.clone()  # a signal may set it at any moment
     if dist.is_initialized():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
@@ -224,20 +234,21 @@ def on_any_rank(flag):
 
 
 def leave():
-    """The ranks end together: if one ended first, torchrun would kill rank 0 while it writes."""
+    """Waits for all ranks, then ends the process group. If one ended first, torchrun would kill
+    rank 0 while it writes."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def print0(text):
-    """Rank 0 prints; a progress bar stays below."""
+    """Prints on rank 0, above a progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
 def log(board, step, **values):
-    """Writes a line of log.jsonl, and the same to TensorBoard. On ranks but 0 board is None."""
+    """Writes a line of log.jsonl, and the same to TensorBoard. Only rank 0 has a board."""
     if board:
         with open(Path(board.log_dir, "log.jsonl"), "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
@@ -255,7 +266,8 @@ def lock_folder(folder):
         raise SystemExit(f"{folder} is in use by {owner}. Wait until that has ended (its lock ends "
                          "with it), or give another --output-dir.")
     except OSError as e:
-        return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+        print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+        return
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
@@ -263,11 +275,11 @@ def lock_folder(folder):
 
 
 def starts_over(args, folder, free):
-    """Whether this start begins a new run, as --resume none or --resume PATH ask, or goes on.
+    """Whether this start begins a new run, as --resume none or --resume PATH ask.
 
-    The same command again must go on with the run that it began. So --resume none and PATH count
-    only where the folder's run, by its args.json, had another command. free: the flags that are
-    left out of this comparison.
+    It does if args.json in the folder holds another command, or a finished run. Else the folder's
+    run was begun by this very command, which was given again to go on. free: flags that may differ
+    in the same command.
     """
     last = folder / "last.pt"
     if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
@@ -294,18 +306,18 @@ def resume_path(args, folder, new_run):
 
 
 def begin_run(args, folder, new_run, **about):
-    """Writes args.json. A new run first puts an earlier one aside and copies PATH to last.pt."""
+    """Writes args.json. A new run first moves an earlier one to old_1/, and PATH to last.pt."""
     if new_run:
         tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
         if args.resume != "none":
-            shutil.copyfile(args.resume, tmp_path)  # it may lie among what is put aside
-        put_aside(folder)
+            shutil.copyfile(args.resume, tmp_path)  # it may be one of the files that are moved
+        move_old_run(folder)
         if args.resume != "none":
             os.replace(tmp_path, folder / "last.pt")
     write_args(args, folder, **about)
 
 
-def put_aside(folder):
+def move_old_run(folder):
     """Moves what an earlier run left in a folder into old_1/, or the next free number."""
     patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
                 "results.jsonl", "events.out.*", "scripts")
@@ -330,7 +342,7 @@ def write_args(args, folder, **about):
 
 
 def save_checkpoint(path, **state):
-    """Writes aside, then renames: the file at `path` is always whole."""
+    """Writes to a temporary file and renames it, so that the file at `path` is always whole."""
     tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
@@ -340,7 +352,7 @@ def save_checkpoint(path, **state):
         tmp_path.unlink(missing_ok=True)
         reason = e
         if isinstance(e, RuntimeError):
-            reason = e.__context__ or e
+            reason = e.__context__ or e  # the OSError
         raise SystemExit(f"{path} cannot be written: {reason}. Make room for it, then give the "
                          "same command again: the run goes on from its last checkpoint.")
     os.replace(tmp_path, path)
@@ -501,7 +513,8 @@ def settings_of(args, loader, weights, vit, size, classes):
     settings = {flag: value for flag, value in vars(args).items() if flag not in FREE}
     sum_of_weights = sum(tensor.double().abs().sum() for tensor in weights.values())
     return settings | vit | dict(
-        num_samples=len(loader.indices), data_checksum=loader.checksum, classes=classes, size=size,
+        num_samples=len(loader.indices), steps_per_epoch=loader.num_samples // args.total_batch,
+        data_checksum=loader.checksum, classes=classes, size=size,
         weights=f"{sum_of_weights:.9g}")
 
 
@@ -605,7 +618,8 @@ def main(args):
         lr = set_lr(optimizer, step, num_steps, args)
         for micro in range(accum):
             features, labels = next(batches)
-            ddp_head.require_backward_grad_sync = micro == accum - 1  # DDP averages then
+            # DDP averages the gradients in the last one alone; without DDP nothing reads this
+            ddp_head.require_backward_grad_sync = micro == accum - 1
             loss = F.cross_entropy(ddp_head(features), labels)
             (loss / accum).backward()
             loss_sum += loss.detach()
@@ -651,7 +665,7 @@ def main(args):
     else:
         print0(f"stopped at step {steps_done}: the same command goes on from {last}")
     leave()
-    sys.exit(steps_done < num_steps)
+    sys.exit(1 if steps_done < num_steps else 0)
 
 
 if __name__ == "__main__":

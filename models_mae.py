@@ -797,7 +797,8 @@ def resume(path, settings, defaults, extendable=(), extend=False, **parts):
         different = [k for k in different if k not in extendable]
     if different:
         mismatches = "; ".join(f"{k}: {saved[k]} there, {settings[k]} here" for k in different)
-        remedy = "Give the same, another --output-dir, or --resume none to start over."
+        remedy = ("Give the same, another --output-dir, or --resume none to start over. (If that "
+                  f"began this run, delete {path} instead.)")
         if set(different) <= set(extendable):
             remedy += " Or add --extend, and the run goes on with the new ones."
         raise WeightsError(f"{path} belongs to a run with other settings: {mismatches}. {remedy}")

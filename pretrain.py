@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 8 pretrain.py --scheme s5 --epochs 800  # ImageNet-1k, the paper's run
     python pretrain.py --demo              # drawn pictures; two minutes on two CPU cores
-    python pretrain.py --benchmark 20      # images/s and MFU of each stage; nothing is trained
+    python pretrain.py --benchmark 20      # images/s and MFU of each stage; nothing is saved
 
 Give the same command again and the run goes on from last.pt. The last line is the result:
     done: 24 epochs, loss 1.366 -> 0.273, probe top-1 92.5 %, H:MM:SS, runs/demo/last.pt
@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -51,28 +50,31 @@ from models_mae import WeightsError
 from schedules import (PRETRAIN, PRETRAIN_SCHEMES, Stage, check_batches, lr_at, stage_at,
                        unused_stages)
 
-MODEL = models_mae.MaskedAutoencoderViT  # another class is trained in its place: see extras/
+MODEL = models_mae.MaskedAutoencoderViT  # what is trained; scripts in extras/ set another class
 DEMO = dict(data="data/demo_train.beton", val_data="data/demo_val.beton", output_dir="runs/demo",
             input_size=64, model="mae_vit_nano_patch8", epochs=24, warmup_epochs=2, total_batch=64,
             batch_size=64, blr=4e-3, compile=False)  # torch.compile needs a C compiler
-MUON_LR = 4  # times AdamW's rate; 1 to 8 gave the same probe (one seed, 5 epochs at 64 pixels)
+# Muon's rate is so many times AdamW's; 1 to 8 gave the same probe (one seed, 5 epochs, 64 pixels)
+MUON_LR = 4
 NEWTON_SCHULZ = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]  # timm's default, "quintic"
-PROBE_LR = 1e-3  # constant
+PROBE_LR = 1e-3  # the probe's rate stays constant
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16, data sheets of the SXM cards
 LOG_NAMES = ("step", "epoch", "stage", "res", "mask_ratio", "lr", "skipped_steps", "img_s",
              "data_wait", "tflops", "mfu", "mem", "probe_top1")
-# Flags that a resumed run may change; all others must be those of the run before
+# A resumed run may change these flags; all others must stay as they were
 FREE = ("demo", "data", "val_data", "output_dir", "batch_size", "compile", "recompute", "resume",
         "num_workers", "save_minutes", "viz_every", "max_steps", "benchmark", "extend")
-EXTENDABLE = ("epochs", "warmup_epochs", "blr", "stages")  # these it may change with --extend
+EXTENDABLE = ("epochs", "warmup_epochs", "blr", "stages")  # these it may change with --extend alone
 
 
 def get_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
+                                allow_abbrev=False)
     add = p.add_argument
     on_off = argparse.BooleanOptionalAction
-    add("--demo", action="store_true", help="train a tiny model on drawn pictures, made if absent")
+    add("--demo", action="store_true",
+        help="train a tiny model on drawn pictures; changes the defaults of --data, --epochs, ...")
     add("--data", default="data/train_500_95.beton", help="training set: .beton or picture folder")
     add("--val-data", default="data/val_500_100.beton", help="held-out set for the online probe")
     add("--output-dir", default="runs/pretrain", help="the run's folder")
@@ -82,35 +84,37 @@ def get_args(argv):
     add("--scheme", default="s5", choices=PRETRAIN_SCHEMES,
         help="resolution and mask ratio of each stage; `python schedules.py` prints them")
     add("--stages", type=float, nargs="+", metavar="SHARE",
-        help="each stage's share of the epochs, in the place of the scheme's; the sum is 1")
-    add("--mask-ratio", type=float, help="one mask ratio for all stages, not the scheme's")
+        help="each stage's share of the epochs, instead of the scheme's; the sum is 1")
+    add("--mask-ratio", type=float, help="the same mask ratio for all stages")
     add("--decoder-depth", type=int, help="decoder blocks; the default is the model's, 8 for ViT-B")
     add("--decoder-keep", type=float, default=1.0,
         help="share of the removed patches that the decoder reconstructs")
     add("--repeat", type=int, default=1,
-        help="masks of each loaded picture in a step; an epoch costs as many times as much")
+        help="masks of each loaded picture in a step; with 2 an epoch costs twice as much")
     add("--epochs", type=int, default=PRETRAIN["epochs"], help="passes over the data")
     add("--warmup-epochs", type=float, default=PRETRAIN["warmup_epochs"],
         help="epochs in which the learning rate rises from 0")
     add("--blr", type=float, default=PRETRAIN["blr"], help="learning rate for 256 images a step")
     add("--weight-decay", type=float, default=PRETRAIN["weight_decay"],
-        help="weight decay; vectors have none")
+        help="weight decay; biases and norms have none")
     add("--optimizer", default="adamw", choices=("adamw", "muon"),
-        help="muon steps the matrices of the blocks, AdamW all else")
+        help="muon: Muon for the matrices of the blocks, AdamW for the rest")
     add("--total-batch", type=int, default=PRETRAIN["total_batch"],
         help="masked pictures in a step, over all GPUs")
     add("--batch-size", type=int, default=512,
-        help="pictures that a GPU computes at once; gradients add up to --total-batch")
+        help="pictures that a GPU computes at once; gradients are summed up to --total-batch")
     add("--probe", default="masked", choices=("masked", "full", "off"),
         help="input of the online probe: the masked pictures, or whole ones in a second pass")
-    add("--compile", action=on_off, default=torch.cuda.is_available(), help="use torch.compile")
+    add("--compile", action=on_off, default=torch.cuda.is_available(),
+        help="use torch.compile; the default on a GPU")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, slower")
     add("--seed", type=int, default=0, help="decides weights, order, crops and masks")
     add("--resume", default="auto",
         help="auto: go on from the run's last.pt if there is one; none: begin a new run; PATH: "
-             "begin from this checkpoint. none and PATH count once")
+             "begin from this checkpoint. none and PATH count at the first start only")
     add("--extend", action="store_true", help="go on with other --epochs, --blr or --stages")
-    add("--num-workers", type=int, default=0, help="loader threads per process; 0: all cores")
+    add("--num-workers", type=int, default=0,
+        help="loader threads per process; 0: all cores that the process may use")
     add("--order", default="random", choices=("random", "pages"),
         help="pages: for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
@@ -119,9 +123,9 @@ def get_args(argv):
     add("--benchmark", type=int, default=0, metavar="N", help="only time N steps of each stage")
     add("--init", metavar="WEIGHTS",
         help="start from weights: ours, official MAE's, timm's or Hugging Face's")
-    add("--mean", type=float, nargs=3, default=models_mae.IMAGENET_MEAN,
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), default=models_mae.IMAGENET_MEAN,
         help="mean of red, green and blue over the pictures, from 0 to 1")
-    add("--std", type=float, nargs=3, default=models_mae.IMAGENET_STD,
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), default=models_mae.IMAGENET_STD,
         help="standard deviation of red, green and blue, from 0 to 1")
     add("--norm-pix-loss", action=on_off, default=True, help="normalise the targets per patch")
     if "--demo" in argv:
@@ -130,9 +134,11 @@ def get_args(argv):
     if args.stages is None:
         args.stages = [stage.share for stage in PRETRAIN_SCHEMES[args.scheme]]
     if args.epochs < 1 or args.repeat < 1:
-        p.error("--epochs and --repeat start at 1.")
+        p.error("--epochs and --repeat should be 1 or more.")
+    if args.decoder_depth is not None and args.decoder_depth < 1:
+        p.error("--decoder-depth should be 1 or more.")
     if not 0 < args.decoder_keep <= 1:
-        p.error("--decoder-keep goes from above 0 to 1.")
+        p.error("--decoder-keep should be above 0, and 1 or less.")
     return args
 
 
@@ -142,8 +148,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_flags(parser, argv):
-    """argv -> arguments. --total_batch is --total-batch; a warm-up lasts at most 1/4 of the run."""
-    words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    """argv -> arguments. Underscores in the names of flags count as hyphens. A warm-up is cut to a
+    quarter of the run."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        words.append(name + equals + value)
     args = parser.parse_args(words)
     if args.warmup_epochs > args.epochs / 4:
         args.warmup_epochs = args.epochs / 4
@@ -175,7 +187,8 @@ def setup(seed, training):
         dist.init_process_group(backend, None, timedelta(hours=1), world_size, rank, store)
     torch.manual_seed(seed)
     stop = torch.zeros(1)
-    flag = stop.numpy()  # the same memory; torch's own operations would fail amid torch.compile
+    # The same memory: a signal may come while torch.compile traces, where torch's operations fail
+    flag = stop.numpy()
     if training:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: flag.fill(1))
@@ -189,7 +202,7 @@ def seed_step(seed, step, rank):
 
 
 def refuse_tasks_without_ranks():
-    """Ends a Slurm task that is one of several and does not know its rank, and says what to run."""
+    """Ends the run if Slurm started several tasks without torchrun, and says what to start."""
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
     if tasks == 1 or "RANK" in os.environ:
         return
@@ -216,11 +229,12 @@ def connect(rank, world_size, minutes=5):
                          "torchrun sets all of them.")
     host = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(minutes=minutes)
     own_key = uuid.uuid4().hex
     try:
-        store = dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=is_server, timeout=limit,
+                              wait_for_workers=False)
         if rank > 0:
             store.set(f"rank {rank}", own_key)
             prefix = store.get(own_key).decode()  # waits for rank 0's answer
@@ -260,7 +274,7 @@ def check_ranks(**values):
 
 
 def on_any_rank(flag):
-    """Whether the flag (1,) is set on a rank: so all ranks stop after the same step."""
+    """Whether any rank has set the flag (1,), so that all ranks stop after the same step."""
     flag = flag.clone()  # a signal may set it at any moment
     if dist.is_initialized():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
@@ -268,20 +282,21 @@ def on_any_rank(flag):
 
 
 def leave():
-    """The ranks end together: if one ended first, torchrun would kill rank 0 while it writes."""
+    """Waits for all ranks, then ends the process group. If one ended first, torchrun would kill
+    rank 0 while it writes."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def print0(text):
-    """Rank 0 prints; a progress bar stays below."""
+    """Prints on rank 0, above a progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
 def log(board, step, **values):
-    """Writes a line of log.jsonl, and the same to TensorBoard. On ranks but 0 board is None."""
+    """Writes a line of log.jsonl, and the same to TensorBoard. Only rank 0 has a board."""
     if board:
         with open(Path(board.log_dir, "log.jsonl"), "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
@@ -299,7 +314,8 @@ def lock_folder(folder):
         raise SystemExit(f"{folder} is in use by {owner}. Wait until that has ended (its lock ends "
                          "with it), or give another --output-dir.")
     except OSError as e:
-        return print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+        print0(f"{folder}: its file system has no locks ({e}). Start no second run in it.")
+        return
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for path in (*folder.glob("*.pt.tmp-*"), *folder.glob("args.json.tmp-*")):
@@ -307,11 +323,11 @@ def lock_folder(folder):
 
 
 def starts_over(args, folder, free):
-    """Whether this start begins a new run, as --resume none or --resume PATH ask, or goes on.
+    """Whether this start begins a new run, as --resume none or --resume PATH ask.
 
-    The same command again must go on with the run that it began. So --resume none and PATH count
-    only where the folder's run, by its args.json, had another command. free: the flags that are
-    left out of this comparison.
+    It does if args.json in the folder holds another command, or a finished run. Else the folder's
+    run was begun by this very command, which was given again to go on. free: flags that may differ
+    in the same command.
     """
     last = folder / "last.pt"
     if args.resume == "auto" or Path(args.resume).absolute() == last.absolute():
@@ -338,18 +354,18 @@ def resume_path(args, folder, new_run):
 
 
 def begin_run(args, folder, new_run, **about):
-    """Writes args.json. A new run first puts an earlier one aside and copies PATH to last.pt."""
+    """Writes args.json. A new run first moves an earlier one to old_1/, and PATH to last.pt."""
     if new_run:
         tmp_path = folder / f"last.pt.tmp-{os.getpid()}"
         if args.resume != "none":
-            shutil.copyfile(args.resume, tmp_path)  # it may lie among what is put aside
-        put_aside(folder)
+            shutil.copyfile(args.resume, tmp_path)  # it may be one of the files that are moved
+        move_old_run(folder)
         if args.resume != "none":
             os.replace(tmp_path, folder / "last.pt")
     write_args(args, folder, **about)
 
 
-def put_aside(folder):
+def move_old_run(folder):
     """Moves what an earlier run left in a folder into old_1/, or the next free number."""
     patterns = ("last.pt", "best.pt", "stage*.pt", "recon_*.png", "args.json", "log.jsonl",
                 "results.jsonl", "events.out.*", "scripts")
@@ -374,7 +390,7 @@ def write_args(args, folder, **about):
 
 
 def save_checkpoint(path, **state):
-    """Writes aside, then renames: the file at `path` is always whole."""
+    """Writes to a temporary file and renames it, so that the file at `path` is always whole."""
     tmp_path = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(tmp_path, "wb") as f:
@@ -384,7 +400,7 @@ def save_checkpoint(path, **state):
         tmp_path.unlink(missing_ok=True)
         reason = e
         if isinstance(e, RuntimeError):
-            reason = e.__context__ or e
+            reason = e.__context__ or e  # the OSError
         raise SystemExit(f"{path} cannot be written: {reason}. Make room for it, then give the "
                          "same command again: the run goes on from its last checkpoint.")
     os.replace(tmp_path, path)
@@ -393,7 +409,8 @@ def save_checkpoint(path, **state):
 
 # --- model and online probe
 class ModelWithProbe(nn.Module):
-    """Model and online probe (BatchNorm, linear) in one forward, for DDP and torch.compile.
+    """The model and the online probe (BatchNorm, linear layer), whose one forward DDP and
+    torch.compile see.
 
     All its parameters that take gradients are trained, also those of modules that you add to it. A
     module with the attribute `persistent = False`, such as a frozen teacher, is in no checkpoint,
@@ -414,10 +431,10 @@ class ModelWithProbe(nn.Module):
     def forward(self, images, labels, mask_ratio, noise):
         """images (B / R, 3, H, W), labels (B / R,), noise (B, L) -> {name: scalar}.
 
-        The sum of "loss" and "probe_loss", if there is one, is minimised. The means of all scalars
-        reach the log, TensorBoard and the bar under their names.
+        "loss", plus "probe_loss" if there is one, is minimised. All scalars are averaged and logged
+        under their names.
         """
-        repeat = len(noise) // len(images)  # R: neighbours are masks of the same picture
+        repeat = len(noise) // len(images)  # R: rows i R to i R + R - 1 are masks of picture i
         images = images.repeat_interleave(repeat, dim=0)
         labels = labels.repeat_interleave(repeat, dim=0)
         loss, _, _, latent = self.model(images, mask_ratio, noise, self.decoder_keep,
@@ -425,7 +442,7 @@ class ModelWithProbe(nn.Module):
         return {"loss": loss, **self.probe_loss(images, labels, latent)}
 
     def probe_loss(self, images, labels, latent):
-        """The online probe's loss, whose gradient reaches the head alone; {} without a probe."""
+        """The online probe's loss, whose gradient trains the head only; {} without a probe."""
         if self.probe == "off":
             return {}
         features = latent[:, 1:].mean(dim=1).detach()  # (B, D)
@@ -434,27 +451,27 @@ class ModelWithProbe(nn.Module):
         return {"probe_loss": F.cross_entropy(self.head(features.float()), labels)}
 
     def after_step(self, step):
-        """Is called after each step, with 1 after the first: a place for an EMA teacher."""
+        """A hook that is called after each step, with 1 after the first: for an EMA teacher."""
 
     def state_dict(self, **options):
         state = super().state_dict(**options)
-        prefixes = self.not_saved()
+        prefixes = self.unsaved_prefixes()
         return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
 
     def load_state_dict(self, state):
-        prefixes = self.not_saved()
+        prefixes = self.unsaved_prefixes()
         own = super().state_dict()
         not_saved = {name: own[name] for name in own if name.startswith(prefixes)}
         return super().load_state_dict(state | not_saved)
 
-    def not_saved(self):
-        """How the names in modules with `persistent = False` begin."""
+    def unsaved_prefixes(self):
+        """The prefixes of the names in modules with `persistent = False`."""
         return tuple(name + "." for name, module in self.named_modules()
                      if not getattr(module, "persistent", True))
 
 
-def total_loss(scalars):
-    """The loss that a step minimises. WeightsError where forward() did not give scalars."""
+def check_scalars(scalars):
+    """Raises WeightsError where forward() gives what is no scalar, or has a name of the log."""
     for name, value in scalars.items():
         if name in LOG_NAMES:
             raise WeightsError(f"forward() gives {name!r}, which is a name of the log: give it "
@@ -463,6 +480,11 @@ def total_loss(scalars):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise WeightsError(f"forward() gives {name!r} as {found}: expected a tensor of one "
                                "number, such as loss.mean().")
+
+
+def total_loss(scalars):
+    """The loss that a step minimises."""
+    check_scalars(scalars)
     return scalars["loss"] + scalars.get("probe_loss", 0)
 
 
@@ -482,8 +504,8 @@ def probe_accuracy(module, loader, autocast):
     """The probe's top-1 in percent on the held-out pictures of all ranks, unmasked and at full
     resolution.
 
-    Its BatchNorm takes mean and variance from these features: with those of masked pictures it was
-    36 instead of 52 % on imagenette.
+    Its BatchNorm takes mean and variance from these features. With those of masked pictures the
+    accuracy on imagenette was 36 % instead of 52 %.
     """
     features = []
     labels = []
@@ -504,11 +526,9 @@ def probe_accuracy(module, loader, autocast):
 
 @torch.no_grad()
 def save_reconstructions(model, loader, epoch, progress, board, steps_done):
-    """Writes recon_*.png, three pictures a row. Of each: the original, what the encoder saw, the
-    reconstruction, and what the prediction 0 would show, which takes no learning."""
-    images = next(iter(loader))[0]
-    if images.ndim == 5:  # several views: the first
-        images = images[0]
+    """Writes recon_*.png, three pictures a row. It shows of each picture the original, what the
+    encoder saw, the reconstruction, and, to compare, what the prediction 0 would give."""
+    images, _ = next(iter(loader))
     images = images[:12]
     # The same seed each time: the same masks, if masking_noise does not change with progress
     noise = draw_noise((len(images),), model, images.shape[-1], 0, progress, loader.device)
@@ -519,12 +539,12 @@ def save_reconstructions(model, loader, epoch, progress, board, steps_done):
 
 
 # --- schedule: what each epoch does
-class Epoch(NamedTuple):
-    """An epoch of the run."""
+class EpochPlan(NamedTuple):
+    """What an epoch of the run does."""
     index: int  # from 0
     stage_index: int  # from 0
     stage: Stage  # with this run's resolution in pixels
-    flops: float  # of training on one masked picture
+    flops: float  # to train on one masked picture, forward and backward
     starts_stage: bool
     ends_stage: bool
 
@@ -564,7 +584,7 @@ def without_share(stage):
 
 
 def plan_epochs(args, model, scheme):
-    """All Epochs of the run."""
+    """The EpochPlans of the run."""
     try:
         stages = [stage_at(scheme, epoch, args.epochs, args.input_size, model.patch_size)
                   for epoch in range(args.epochs)]
@@ -573,37 +593,41 @@ def plan_epochs(args, model, scheme):
     for number in unused_stages(args.epochs, scheme):
         print0(f"Stage {number} gets no epoch: its share of --epochs {args.epochs} is too small.")
     epochs = []
-    for epoch, (index, stage) in enumerate(stages):
+    for epoch, (stage_index, stage) in enumerate(stages):
         flops = model.flops_per_image(stage.res, stage.mask_ratio, args.decoder_keep,
                                       decoder_depth=stage.decoder_depth)
-        starts_stage = epoch == 0 or stages[epoch - 1][0] != index
-        ends_stage = epoch + 1 == args.epochs or stages[epoch + 1][0] != index
-        epochs.append(Epoch(epoch, index, stage, flops, starts_stage, ends_stage))
+        starts_stage = epoch == 0 or stages[epoch - 1][0] != stage_index
+        ends_stage = epoch + 1 == args.epochs or stages[epoch + 1][0] != stage_index
+        epochs.append(EpochPlan(epoch, stage_index, stage, flops, starts_stage, ends_stage))
     return epochs
 
 
 # --- data and masks
 def training_batches(args, loader, model, epochs, first_step, num_steps, meter):
-    """Yields one micro-batch after the other, as many for each step as make --total-batch.
+    """Yields micro-batches, accum of them for each step of --total-batch pictures.
 
     A micro-batch is images (B / R, 3, H, W), labels (B / R,) and noise (B, L), R the --repeat: the
-    patches with the smallest noise stay visible. At the start of an epoch or a stage it sets the
-    loader and the model for it. A run that goes on gives first_step, and a loader that is loaded
-    to the same place. The meter counts how long the loader is waited for.
+    patches with the smallest noise stay visible. At the start of an epoch or a stage this generator
+    sets the loader and the model for it. first_step: the step at which the run goes on; the loader
+    was loaded to the same place. The meter counts the time in which the loader is waited for.
     """
     steps_per_epoch = num_steps // len(epochs)
-    for epoch in epochs[first_step // steps_per_epoch:]:
-        epoch_start = epoch.index * steps_per_epoch
-        if first_step <= epoch_start:  # else the loader goes on in the middle of the epoch
+    first_epoch, steps_into_epoch = divmod(first_step, steps_per_epoch)
+    for epoch in epochs[first_epoch:]:
+        is_first = epoch.index == first_epoch
+        steps = range(epoch.index * steps_per_epoch, (epoch.index + 1) * steps_per_epoch)
+        if is_first:
+            steps = steps[steps_into_epoch:]
+        if len(steps) == steps_per_epoch:  # else the loader stands at the right batch already
             loader.set_epoch(epoch.index)
         loader.set_stage(res=epoch.stage.res, scale=epoch.stage.scale)
-        if first_step >= epoch_start or epoch.starts_stage:
+        if is_first or epoch.starts_stage:
             print0(f"epoch {epoch.index + 1}, {epoch.description}")
             model.active_decoder_blocks = epoch.stage.decoder_depth
             meter.restart(compiles=True)
-        with contextlib.closing(iter(loader)) as batches:
-            batches = meter.timed(batches)
-            for step in range(max(first_step, epoch_start), epoch_start + steps_per_epoch):
+        with contextlib.closing(iter(loader)) as loaded:
+            batches = meter.timed(loaded)
+            for step in steps:
                 seed_step(args.seed, step, loader.rank)
                 masks = draw_masks(step, num_steps, args, model, epoch.stage.res, loader)
                 for noise in masks:
@@ -612,10 +636,13 @@ def training_batches(args, loader, model, epochs, first_step, num_steps, meter):
 
 
 def draw_noise(shape, model, res, seed, progress, device):
-    """The one call of masking_noise, for training and pictures: (*shape, L) of a seed alone."""
+    """Calls masking_noise, for training and for pictures -> (*shape, L), the same for a seed.
+
+    It also tells the model how much of the run is done, for targets().
+    """
     rng = torch.Generator(device).manual_seed(seed)
     L = (res // model.patch_size) ** 2
-    model.progress.fill_(progress)  # for targets()
+    model.progress.fill_(progress)
     noise = models_mae.masking_noise((*shape, L), rng, device, progress=progress)
     if noise.shape != (*shape, L) or not noise.is_floating_point():
         raise WeightsError(f"masking_noise() gives {noise.dtype} of shape {tuple(noise.shape)}: "
@@ -628,7 +655,8 @@ def draw_masks(step, num_steps, args, model, res, loader):
     """The noise of a step's masks on this rank, (accum, B, L), for accum micro-batches.
 
     It depends on the seed and the step alone, so a resumed run repeats it. It is drawn for all
-    ranks, of which each takes its own: no two ranks have the same masks.
+    ranks, of which each takes its own, in the order in which the loader gives them pictures: a
+    picture gets the same noise for any --batch-size and number of GPUs.
     """
     accum = args.total_batch // (args.batch_size * loader.world_size)
     shape = (accum, args.batch_size // args.repeat, loader.world_size, args.repeat)
@@ -648,8 +676,8 @@ def make_optimizer(module, args):
     if args.optimizer == "muon":
         blocks = [*module.model.blocks.parameters(), *module.model.decoder_blocks.parameters()]
         matrices = [p for p in blocks if p.ndim == 2 and p.requires_grad]
-    taken = {*probe, *matrices}
-    others = [p for p in module.parameters() if p.requires_grad and p not in taken]
+    assigned = {*probe, *matrices}
+    others = [p for p in module.parameters() if p.requires_grad and p not in assigned]
     no_decay = [p for p in others if p.ndim <= 1]
     decay = [p for p in others if p.ndim > 1]
     groups = [dict(name="no_decay", params=no_decay, weight_decay=0.0),
@@ -674,9 +702,9 @@ def set_lr(optimizer, step, num_steps, args):
     return lr
 
 
-def check_groups(module, optimizer):
-    """Ends the run where a parameter gets a gradient and would not change, or changes and would not
-    be saved; warns of parameters that get no gradient."""
+def check_trained_parameters(module, optimizer):
+    """Ends the run where a parameter with a gradient is not in the optimizer, or a trained one is
+    not in the checkpoint. Warns of trained parameters that get no gradient."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lost = [name for name, p in module.named_parameters()
             if p.grad is not None and id(p) not in trained]
@@ -685,15 +713,15 @@ def check_groups(module, optimizer):
             f"{', '.join(lost)}: not trained, for the optimizer was made before they took "
             "gradients. Make them, and set requires_grad, in the module's __init__.")
     forgotten = [name for name, p in module.named_parameters()
-                 if id(p) in trained and name.startswith(module.not_saved())]
+                 if id(p) in trained and name.startswith(module.unsaved_prefixes())]
     if forgotten:
         raise WeightsError(
             f"{', '.join(forgotten)}: trained, but not saved (persistent = False): a resumed run "
             "would lose them. Freeze them, or save them.")
-    resting = tuple(f"model.decoder_blocks.{i}." for i in range(
+    inactive = tuple(f"model.decoder_blocks.{i}." for i in range(
         module.model.active_decoder_blocks, len(module.model.decoder_blocks)))
     unused = [name for name, p in module.named_parameters()
-              if id(p) in trained and p.grad is None and not name.startswith(resting)]
+              if id(p) in trained and p.grad is None and not name.startswith(inactive)]
     if unused:
         warnings.warn(f"no gradient reaches {', '.join(unused)}: they are not trained.")
 
@@ -704,16 +732,17 @@ def count_updates(optimizer):
     for group in optimizer.param_groups:
         if group["name"] != "matrices":
             counts += [optimizer.state[p]["step"] for p in group["params"] if p in optimizer.state]
+    # The largest: decoder blocks that a stage did not use count fewer
     return int(torch.stack(counts).max()) if counts else 0
 
 
 @functools.cache
-def cpu_has_bfloat16():  # where it has not, float32 is four times faster, with the same loss
+def cpu_has_bfloat16():  # without such instructions float32 is four times faster, same loss
     return "bf16" in Path("/proc/cpuinfo").read_text()
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the matrices of the first group move along their momentum made orthogonal.
+    """AdamW, but the matrices of the first group are updated by their orthogonalised momentum.
 
     The update is timm.optim.Muon's with Nesterov's momentum. Matrices of one shape go through the
     Newton-Schulz iteration as one batch: ViT-B has 80 of 8 shapes. A step that GradScaler skips
@@ -734,18 +763,18 @@ class Muon(torch.optim.AdamW):
 
     def step_together(self, matrices, group):
         """A step of n matrices (out, in). The state of the first one holds all their momentum."""
-        taken = 1 - getattr(self, "found_inf", 0)  # 0 where GradScaler skips the step
+        applied = 1 - getattr(self, "found_inf", 0)  # 0 where GradScaler skips the step
         grads = torch.stack([matrix.grad for matrix in matrices])  # (n, out, in)
         grads.nan_to_num_(0, 0, 0).div_(getattr(self, "grad_scale", 1))
         state = self.state[matrices[0]]
         if not state:
             state["step"] = torch.zeros(())  # AdamW asks for it when it loads a checkpoint
             state["momentum"] = torch.zeros_like(grads)
-        state["momentum"].lerp_(grads, (1 - group["momentum"]) * taken)
+        state["momentum"].lerp_(grads, (1 - group["momentum"]) * applied)
         update = grads.lerp_(state["momentum"], group["momentum"])
         dtype = torch.bfloat16 if update.is_cuda or cpu_has_bfloat16() else torch.float32
         update = zeropower_via_newtonschulz(update, 5, NEWTON_SCHULZ, dtype=dtype).float()
-        lr = group["lr"] * taken
+        lr = group["lr"] * applied
         torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
         update *= -0.2 * max(update.shape[1:]) ** 0.5 * lr  # 0.2: the size of AdamW's update
         torch._foreach_add_(matrices, update.unbind())
@@ -758,7 +787,7 @@ class Muon(torch.optim.AdamW):
 
 # --- measuring
 class Meter:
-    """Adds up scalars and times from one log line to the next, and makes the line of them.
+    """Collects scalars and times between two log lines, and makes a line of them.
 
     images_per_step: of one GPU. log_every: steps between two lines.
     """
@@ -774,8 +803,10 @@ class Meter:
         self.restart()
 
     def restart(self, compiles=False):
-        """A new line begins. compiles: its first step compiles, and the rates leave it out."""
-        self.sums = {}  # of each scalar: the sum of its finite values, and how many they are
+        """Starts a new log line. compiles: the first step compiles; the rates leave it out."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.sums = {}  # name -> tensor (2,): the sum of the finite values, and their count
         self.steps = 0
         self.start_clock()
         self.compiles = compiles
@@ -808,8 +839,9 @@ class Meter:
         """Adds a micro-batch's {name: scalar}, without waiting for the GPU."""
         for name, value in scalars.items():
             value = value.detach()
-            sums = self.sums.setdefault(name, torch.zeros(2, device=self.device))
-            sums += torch.stack([value.nan_to_num(0, 0, 0), value.isfinite()])
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(2, device=self.device)
+            self.sums[name] += torch.stack([value.nan_to_num(0, 0, 0), value.isfinite()])
 
     def means(self):
         """{name: mean of the finite values over all ranks}, NaN where none was finite."""
@@ -820,8 +852,11 @@ class Meter:
         return dict(zip(self.sums, means))
 
     def rates(self, flops):
-        """Images/s of all GPUs, share of the time that the loader was waited for; of one GPU
-        TFLOP/s, MFU if its peak is known, and GiB reserved. flops: of an image."""
+        """img_s: images/s of all GPUs; data_wait: share of the time spent waiting for the loader;
+        tflops: TFLOP/s of one GPU; mfu: their share of its peak; mem: GiB reserved on it.
+
+        flops: to train on one image.
+        """
         seconds = time.monotonic() - self.t0
         gpu_img_s = (self.steps - self.steps_before_clock) * self.images_per_step / seconds
         row = dict(img_s=gpu_img_s * self.world_size, data_wait=self.data_time / seconds,
@@ -836,11 +871,11 @@ class Meter:
     def row(self, epoch, lr, skipped_steps):
         """The log line. Ends the run where no loss of the line was finite, or all steps skipped."""
         means = self.means()
-        if self.first_loss is None:
+        if self.first_loss is None and math.isfinite(means["loss"]):
             self.first_loss = means["loss"]
         all_skipped = skipped_steps - self.skipped_before == self.steps
         fails = all_skipped or not math.isfinite(means["loss"])
-        if fails and self.steps > self.log_every / 2:  # one skipped step may be chance
+        if fails and self.steps > self.log_every / 2:  # in a short line a few steps may be all
             raise DataError("The loss or the gradients are not finite. Lower --blr, and start over "
                             "with --resume none. If you changed targets() or the loss, look for "
                             "NaN there.")
@@ -859,13 +894,15 @@ def wait_for_gpu():
 def report(board, bar, args, epochs, steps_done, row, scalars):
     """Writes a log line to the log and the bar; at an epoch's end it prints the line.
 
-    The time left is what remains of FLOPs at the FLOP/s of this line: right across stages.
+    The time left is computed from the FLOPs that are left, at the FLOP/s of this line: stages with
+    other resolutions cost more or less.
     """
     log(board, steps_done, **row)
     now = epochs[row["epoch"] - 1]
     steps_per_epoch = bar.total // len(epochs)
-    epochs_left = sum(epoch.flops for epoch in epochs[now.index:]) / now.flops
-    steps_left = (now.index + epochs_left) * steps_per_epoch - steps_done
+    steps_left_here = (now.index + 1) * steps_per_epoch - steps_done
+    later = sum(epoch.flops for epoch in epochs[now.index + 1:]) * steps_per_epoch
+    steps_left = steps_left_here + later / now.flops  # as if all cost as much as now
     left = timedelta(seconds=int(steps_left * args.total_batch / row["img_s"]))
     losses = ", ".join(f"{name} {row[name]:.4f}" for name in scalars)
     bar.set_postfix_str(f"{losses}, {row['img_s']:.0f} img/s, {left} left")
@@ -873,16 +910,22 @@ def report(board, bar, args, epochs, steps_done, row, scalars):
         print0("  ".join(f"{name} {value:.4g}" for name, value in row.items()) + f"  left {left}")
 
 
+def forever(loader):
+    """Its batches, epoch after epoch."""
+    while True:
+        yield from loader
+
+
 def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, epochs):
     """Times N steps of --batch-size in each stage: on random pictures, then with the loader."""
-    flops_of_stage = {}  # stages that differ in nothing but their share are timed once
+    flops_of_stage = {}  # stages that differ only in their share are timed once
     for epoch in epochs:
         flops_of_stage[epoch.stage._replace(share=1.0)] = epoch.flops
     for stage, source in itertools.product(flops_of_stage, ("random", "loader")):
         loader.set_stage(res=stage.res, scale=stage.scale)
         module.model.active_decoder_blocks = stage.decoder_depth
         meter = Meter(loader.device, args.batch_size, loader.world_size)
-        batches = meter.timed(itertools.chain.from_iterable(itertools.repeat(loader)))
+        batches = meter.timed(forever(loader))
         images, labels = next(batches)
         if source == "random":
             batches = itertools.repeat((torch.randint_like(images, 256), labels))
@@ -895,7 +938,7 @@ def benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, e
                 loss = total_loss(compute_loss(images, labels, stage.mask_ratio, noise))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
-            scaler.update()
+            scaler.update(1.0)
             optimizer.zero_grad()
             meter.steps += 1
         wait_for_gpu()
@@ -911,7 +954,10 @@ def settings_of(args, model, scheme, loader):
     settings |= dict(num_samples=len(loader.indices), data_checksum=loader.checksum,
                      scheme_stages=stages, betas=PRETRAIN["betas"],
                      targets=source_of(models_mae.targets),
-                     masking_noise=source_of(models_mae.masking_noise))
+                     masking_noise=source_of(models_mae.masking_noise), probe_lr=PROBE_LR,
+                     steps_per_epoch=loader.num_samples * args.repeat // args.total_batch)
+    if args.optimizer == "muon":
+        settings["muon_lr"] = MUON_LR
     return settings | model.settings
 
 
@@ -922,7 +968,7 @@ def source_of(function):
         tree = ast.parse(textwrap.dedent(text))
     except (OSError, TypeError):
         return None
-    except SyntaxError:  # a lambda amid a call
+    except SyntaxError:  # the source of a lambda is no statement
         return zlib.crc32(text.encode())
     definition = tree.body[0]
     if isinstance(definition, ast.FunctionDef) and ast.get_docstring(definition) is not None:
@@ -948,8 +994,7 @@ def scripts():
 
 
 def keep_scripts(folder, step):
-    """Copies them into a run's folder, under the step from which they make it, where they differ
-    from the newest copies there."""
+    """Copies the scripts to scripts/from_step_N if they differ from the newest copies there."""
     folder.mkdir(exist_ok=True)
     copies = sorted(folder.glob("from_step_*"), key=lambda path: int(path.name.split("_")[2]))
     newest = copies[-1] if copies else folder / "none"
@@ -963,7 +1008,7 @@ def keep_scripts(folder, step):
 
 
 def say_what_changed(state, settings, sources):
-    """Names the scripts and the extended settings that are not those of the checkpoint."""
+    """Prints which scripts and extended settings changed since the checkpoint was written."""
     changed = [name for name, sha1 in state.get("sources", {}).items() if sources.get(name) != sha1]
     if changed:
         print0(f"Warning: {', '.join(changed)} changed since the checkpoint was written.")
@@ -995,7 +1040,8 @@ def main(args):
         lock_folder(folder)
     if args.demo and rank == 0 and not Path(args.data).exists():
         builder = Path(__file__).with_name("build_beton.py")
-        subprocess.run([sys.executable, builder, "--demo"], check=True)
+        if subprocess.run([sys.executable, builder, "--demo"]).returncode:
+            raise SystemExit("The demo's pictures could not be drawn: see above.")
     if world_size > 1:
         dist.barrier()
 
@@ -1033,18 +1079,20 @@ def main(args):
     epochs = plan_epochs(args, model, scheme)
     module = ModelWithProbe(model, int(loader.labels.max()) + 1, args.probe, args.decoder_keep)
     ddp_model = module.to(device)
-    if world_size > 1:
-        some_blocks_rest = any(stage.decoder_depth < len(model.decoder_blocks) for stage in scheme)
+    if world_size > 1:  # DDP must know whether a stage leaves decoder blocks without gradients
+        some_blocks_inactive = any(stage.decoder_depth < len(model.decoder_blocks)
+                                   for stage in scheme)
         ddp_model = nn.parallel.DistributedDataParallel(
-            module, gradient_as_bucket_view=True, find_unused_parameters=some_blocks_rest)
+            module, gradient_as_bucket_view=True, find_unused_parameters=some_blocks_inactive)
     compute_loss = torch.compile(ddp_model, dynamic=False) if args.compile else ddp_model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # --- optimizer
     optimizer = make_optimizer(module, args)
     group_names = [group["name"] for group in optimizer.param_groups]
-    # At scale 1 it only skips steps whose gradients are not finite, and waits for no GPU
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
+    # Its scale stays 1: it is here to skip steps whose gradients are not finite, without waiting
+    # for the GPU
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
     if args.benchmark:
         benchmark(args, module, compute_loss, optimizer, scaler, autocast, loader, epochs)
         return leave()
@@ -1066,7 +1114,7 @@ def main(args):
         first_loss = state["first_loss"]
         say_what_changed(state, settings, sources)
         for group, name in zip(optimizer.param_groups, group_names):
-            group["name"] = name  # which older checkpoints do not hold
+            group["name"] = name  # older checkpoints have no names
         skipped_before = first_step - count_updates(optimizer)
     if first_step > num_steps:
         raise WeightsError(
@@ -1091,6 +1139,10 @@ def main(args):
         keep_scripts(folder / "scripts", first_step)
         board = SummaryWriter(folder, purge_step=first_step + 1)
     viz_every = args.viz_every if rank == 0 else 0
+    shown = val
+    if val is None:
+        shown = open_loader(args.data, 12, train=False, indices=indices[:12],
+                            res=args.input_size, num_workers=1, device=device, world_size=1)
     if viz_every and not model.predicts_pixels:
         print0("The targets are no pixels: there are no pictures of reconstructions.")
         viz_every = 0
@@ -1101,7 +1153,7 @@ def main(args):
     meter = Meter(device, accum * args.batch_size, world_size, log_every, first_loss,
                   skipped_before)
     batches = training_batches(args, loader, model, epochs, first_step, num_steps, meter)
-    hidden = None if rank == 0 else True  # None: where the output is no terminal
+    hidden = None if rank == 0 else True  # None: tqdm hides the bar if there is no terminal
     bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=hidden)
     saved_at = time.monotonic()
     for step in range(first_step, num_steps):
@@ -1109,15 +1161,16 @@ def main(args):
         lr = set_lr(optimizer, step, num_steps, args)
         for micro in range(accum):
             images, labels, noise = next(batches)
-            ddp_model.require_backward_grad_sync = micro == accum - 1  # DDP averages then
+            # DDP averages the gradients in the last one alone; without DDP nothing reads this
+            ddp_model.require_backward_grad_sync = micro == accum - 1
             with autocast:
                 scalars = compute_loss(images, labels, epoch.stage.mask_ratio, noise)
             scaler.scale(total_loss(scalars) / accum).backward()
             meter.add(scalars)
         if meter.steps == 0:
-            check_groups(module, optimizer)
+            check_trained_parameters(module, optimizer)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(1.0)
         optimizer.zero_grad()
         module.after_step(step + 1)
         meter.steps += 1
@@ -1128,9 +1181,8 @@ def main(args):
 
         if epoch_ends or stopping or steps_done % log_every == 0:
             row = meter.row(epoch, lr, skipped_steps=steps_done - count_updates(optimizer))
-            scaler.update(1.0)  # each skipped step has halved the scale
             probe_is_due = (epoch.index + 1) % probe_every == 0 or steps_done == num_steps
-            if val and epoch_ends and probe_is_due:
+            if val is not None and epoch_ends and probe_is_due:
                 row["probe_top1"] = probe_accuracy(module, val, autocast)
             report(board, bar, args, epochs, steps_done, row, scalars)
             meter.restart()
@@ -1148,8 +1200,7 @@ def main(args):
         if viz_every and epoch_ends:
             if (epoch.index + 1) % viz_every == 0 or steps_done == num_steps:
                 with meter.paused():
-                    save_reconstructions(model, val or loader, epoch, step / num_steps, board,
-                                         steps_done)
+                    save_reconstructions(model, shown, epoch, step / num_steps, board, steps_done)
         if stopping:
             break
     batches.close()
@@ -1159,7 +1210,7 @@ def main(args):
         if rank == 0:
             write_args(args, folder, world_size=world_size, finished=True)
         probe = ""
-        if val:
+        if val is not None:
             probe = f"probe top-1 {row['probe_top1']:.1f} %, "
         print0(f"done: {args.epochs} epochs, loss {meter.first_loss:.3f} -> {row['loss']:.3f}, "
                f"{probe}{timedelta(seconds=int(time.monotonic() - start))}, {last}")
@@ -1168,12 +1219,12 @@ def main(args):
     if board:
         board.close()
     leave()
-    cut_short = steps_done < num_steps and steps_done != args.max_steps  # by a signal
-    sys.exit(cut_short)
+    stopped_by_signal = steps_done < num_steps and steps_done != args.max_steps
+    sys.exit(1 if stopped_by_signal else 0)
 
 
 def run(argv):
-    """Runs a command line; the run ends in words where data, weights or files do not fit."""
+    """Runs a command line. Errors of data, weights and files end it with a message alone."""
     try:
         main(get_args(argv))
     except (DataError, WeightsError, OSError) as e:

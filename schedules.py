@@ -1,10 +1,11 @@
 """The paper's numbers, as data and pure functions of progress (DailyMAE, arXiv 2404.00509).
 
     python schedules.py                                              # the schemes and their FLOPs
-    python schedules.py --tflops 434 --gpus 1 --epochs 800 --hours 24   # hours of each, what fits
+    python schedules.py --tflops 434 --gpus 1 --epochs 800 --hours 24   # hours; what fits in 24
 
-It prints a line for each scheme, and a table of what equations 1 to 3 give for each stage. The
-line of the lean scheme:
+It prints a line for each scheme. Then it prints the paper's equations 1 to 3 for each stage: the
+mean side of a crop as a share of the picture's, the size at which the whole picture would appear at
+the crop's zoom in pixels, and the mask ratio times the patch's share of the side. For example:
     lean    224 0.90  192 0.90  224 0.90     39.6 GFLOP an image,  0.68 x fixed
 """
 import argparse
@@ -217,12 +218,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tflops", type=float, help="TFLOP/s of one GPU, as pretrain.py reports them")
-    p.add_argument("--gpus", type=int, default=1, help="number of GPUs; scaling is taken as linear")
+    p.add_argument("--gpus", type=int, default=1, help="number of GPUs; linear scaling is assumed")
     p.add_argument("--epochs", type=int, default=PRETRAIN["epochs"], help="passes over the data")
     p.add_argument("--hours", type=float, default=24, help="hours that a run may take")
     p.add_argument("--images", type=int, default=IMAGENET, help="number of pictures in an epoch")
     p.add_argument("--decoder-depth", type=int, default=8, help="decoder blocks; 8 is the paper's")
-    p.add_argument("--decoder-keep", type=float, default=1, help="share of removed patches decoded")
+    p.add_argument("--decoder-keep", type=float, default=1,
+                   help="share of the masked patches that is decoded")
     p.add_argument("--repeat", type=int, default=1, help="masks of each loaded picture in a step")
     args = p.parse_args()
     print_schemes(args)

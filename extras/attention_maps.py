@@ -3,7 +3,7 @@
     python extras/attention_maps.py runs/demo/last.pt data/demo_val.beton
 
 A row is a picture and a map for each head: white is the patch that the class token takes most from.
-For tensors in the place of a picture, import attention_maps. Last line:
+To use tensors instead of a picture, import attention_maps. Last line:
     written: attention.png, 8 pictures, 4 heads
 """
 import argparse

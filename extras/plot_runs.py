@@ -4,7 +4,7 @@
     python extras/plot_runs.py "runs/fixed_[012]" "runs/muon_[012]" --x tflop --out flops.png
 
 Each word is a curve: a run's folder, or a pattern in quotes for runs that differ in --seed alone.
-Of such runs the mean is drawn, and the standard deviation over the seeds as a band. Needs
+For such runs it draws the mean, and a band of one standard deviation over the seeds. Needs
 matplotlib. It prints a line for each curve, with the values at its end. Last line:
     written: runs.png
 """

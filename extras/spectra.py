@@ -54,7 +54,7 @@ def main(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoints", nargs="+", help="checkpoints of pretrain.py, or official files")
     p.add_argument("--data", required=True, help=".beton or folder for the MLP units")
-    p.add_argument("--pictures", type=int, default=256, help="how many pictures of it")
+    p.add_argument("--pictures", type=int, default=256, help="number of pictures from --data")
     p.add_argument("--plot", metavar="FILE.png", help="draw the stable ranks to this file")
     args = p.parse_args(argv)
     rows = []
