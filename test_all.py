@@ -2933,6 +2933,20 @@ def test_pretrain_refuses_what_would_change_the_result(folder, begun, tmp_path, 
     assert len(set(checksums)) == 5
 
 
+def test_pretrain_refuses_other_constants(folder, begun, monkeypatch):
+    """The probe's rate, and the steps of an epoch, which excluded pictures may lower, are compared;
+    the message also says what to do where --resume none began the run."""
+    monkeypatch.setattr(pretrain, "PROBE_LR", 2e-3)
+    with pytest.raises(WeightsError, match="probe_lr: 0.001 there, 0.002 here.*delete"):
+        fit(pretrain, folder, begun)
+    monkeypatch.undo()
+    state = torch.load(begun / "last.pt", weights_only=True)
+    state["settings"]["steps_per_epoch"] = 5
+    torch.save(state, begun / "last.pt")
+    with pytest.raises(WeightsError, match="steps_per_epoch: 5 there, 4 here"):
+        fit(pretrain, folder, begun)
+
+
 def test_pretrain_old_checkpoints_resume(folder, begun, unbroken):
     """One that an older version wrote, without what is compared now, goes on."""
     state = torch.load(begun / "last.pt", weights_only=True)
@@ -4274,6 +4288,15 @@ def test_runs_have_their_folder_alone(folder, mae, tmp_path, capsys):
         first.kill()
     assert fit(linprobe, folder, tmp_path, "--epochs", 1) == 0
     assert (tmp_path / "last.pt").exists() and not list(tmp_path.glob("*.tmp*"))
+
+
+@pytest.mark.parametrize("script, needed", [
+    (pretrain, []), (finetune, ["--finetune=none"]), (linprobe, ["--checkpoint=none"])])
+def test_runs_refuse_shortened_flags(script, needed, capsys):
+    """--dem would set --demo without its defaults, in silence."""
+    with pytest.raises(SystemExit):
+        script.get_args([*needed, "--epoch", "3"])
+    assert "unrecognized arguments: --epoch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tasks, nodes, command", [
