@@ -3116,8 +3116,8 @@ def test_models_another_class_is_refused_by_name(mae, tmp_path):
     ("simmim", "SimMIM"), ("mae_ema_teacher", "MAEWithTeacher"),
     ("two_views", "MaskedAutoencoderViT")])
 def test_extras_train_by_import(folder, tmp_path, name, own):
-    """Each trains; its script is in the run's folder; its class alone loads it; finetuning takes its
-    encoder. The one with a teacher stops and goes on with the unbroken bits."""
+    """Each trains; its script is in the run's folder; its class alone loads it; finetuning takes
+    its encoder. The one with a teacher stops and goes on with the unbroken bits."""
     path = HERE / f"extras/{name}.py"
     assert len(path.read_text().splitlines()) <= 60
     done = run(path, *flags(pretrain, folder, tmp_path / "whole", "--epochs", 3))
