@@ -466,11 +466,11 @@ def benchmark(args, device):
 
 # --- data
 def training_batches(args, loader, model, stages, mixup, first_step, num_steps):
-    """Yields one micro-batch after the other, as many for each step as make --total-batch.
+    """Yields micro-batches, accum of them for each step of --total-batch pictures.
 
     A micro-batch is augmented, normalised images (B, 3, res, res) and targets: labels (B,), or with
-    mixup a share of each class (B, classes). At an epoch's start it sets the loader for it.
-    3 Aug, erasing, mixup and drop path draw by (seed, step, rank) alone.
+    mixup a share of each class (B, classes). At the start of an epoch this generator sets the
+    loader for it. 3 Aug, erasing, mixup and drop path depend on (seed, step, rank) alone.
     """
     erase = RandomErasing(args.reprob, mode="pixel", device=loader.device)
     accum = args.total_batch // (args.batch_size * loader.world_size)

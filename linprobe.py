@@ -361,7 +361,7 @@ def save_checkpoint(path, **state):
 
 # --- features
 def encoded(encoder, loader, autocast, stop=None):
-    """The loader's batches with features (B, D) in the place of pictures; a signal ends the run."""
+    """The loader's batches, with features (B, D) instead of pictures. A signal ends the run."""
     for images, labels in loader:
         if stop:
             raise SystemExit("linprobe: stopped before training. Give the same command again.")
@@ -428,10 +428,10 @@ def knn_score(features, bank, bank_labels, classes, k=20, temperature=0.07):
 
 # --- training the probe
 def training_batches(args, loader, encoder, stored, autocast, first_step, num_steps):
-    """Yields one micro-batch of features (B, D) and labels (B,) after the other.
+    """Yields micro-batches, features (B, D) and labels (B,), accum of them for each step.
 
-    stored: the features and labels of the training set, shuffled anew in each epoch; or None: the
-    loader's random crops are encoded.
+    stored: the features and labels of the training set, which each epoch takes in another order.
+    None: the loader's random crops are encoded.
     """
     accum = args.total_batch // (args.batch_size * loader.world_size)
     steps_per_epoch = num_steps // args.epochs
@@ -610,8 +610,8 @@ def main(args):
 
     # --- train
     batches = training_batches(args, loader, encoder, stored, autocast, first_step, num_steps)
-    loss_sum = torch.zeros((), device=device)  # over this many micro-batches:
-    micro_batches = 0
+    loss_sum = torch.zeros((), device=device)  # of this epoch
+    micro_batches = 0  # whose losses are in loss_sum
     saved_at = time.monotonic()
     steps_done = first_step
     for step in range(first_step, num_steps):

@@ -73,14 +73,6 @@ def checked_grid(grid, num_patches):
     return h, w
 
 
-def shuffled_patches(model, imgs, noise=None):
-    """The patches' numbers in the order of their noise, (B, L): the first ones are kept."""
-    h, w = model.grid_of(imgs)
-    if noise is None:
-        noise = masking_noise((len(imgs), h * w), device=imgs.device)
-    return noise.argsort(dim=1)
-
-
 def num_kept(num_patches, mask_ratio):
     """Visible patches: int(L * (1 - m)), safe against float error: 100 at 0.9 keep 10."""
     if not 0 <= mask_ratio < 1:
@@ -177,7 +169,6 @@ def accuracy(batches, device):
     pictures.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, n
-    num_classes = 0  # on a rank that gets no batch
     for scores, labels in batches:
         num_classes = scores.shape[1]
         hits = scores.topk(min(5, num_classes)).indices == labels[:, None]  # (B, 5)
@@ -222,7 +213,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.register_buffer("progress", torch.zeros(()), persistent=False)
         set_normalization(self, mean, std)
         if target_dim is None:
-            target_dim = self.target_dim_of(targets)
+            target_dim = self.find_target_dim()
         if target_dim == 1 and norm_pix_loss:
             raise WeightsError("targets() gives one number for a patch, which cannot be "
                                "normalised: add --no-norm-pix-loss (norm_pix_loss=False).")
@@ -253,7 +244,7 @@ class MaskedAutoencoderViT(nn.Module):
         init_weights(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def target_dim_of(self, targets):
+    def find_target_dim(self):
         """T, by what targets() gives for a blank picture. WeightsError if it is not (B, L, T)."""
         size = self.settings["img_size"]
         found = targets(self, torch.zeros(1, 3, size, size), self.progress).shape
@@ -288,6 +279,13 @@ class MaskedAutoencoderViT(nn.Module):
         changed: what differs from the settings, such as a stage's decoder_depth.
         """
         return flops_per_image(resolution, mask_ratio, decoder_keep, **(self.settings | changed))
+
+    def shuffle_patches(self, imgs, noise=None):
+        """The patches' numbers in the order of their noise, (B, L): the first ones are kept."""
+        h, w = self.grid_of(imgs)
+        if noise is None:
+            noise = masking_noise((len(imgs), h * w), device=imgs.device)
+        return noise.argsort(dim=1)
 
     def run_blocks(self, blocks, x):
         """x (B, N, D) through blocks -> (B, N, D)"""
@@ -334,7 +332,7 @@ class MaskedAutoencoderViT(nn.Module):
         mask: 1 = removed. ids_restore: where each patch stands among those ordered by their noise.
         """
         imgs = self.normalize(imgs)
-        ids_shuffle = shuffled_patches(self, imgs, noise)  # (B, L)
+        ids_shuffle = self.shuffle_patches(imgs, noise)  # (B, L)
         K = num_kept(ids_shuffle.shape[1], mask_ratio)
         ids_restore = ids_shuffle.argsort(dim=1)
         return self.encode(imgs, ids_shuffle[:, :K]), (ids_restore >= K).to(imgs.dtype), ids_restore
@@ -388,7 +386,7 @@ class MaskedAutoencoderViT(nn.Module):
         if self.training and imgs.is_floating_point():
             warn_of_range(imgs)
         imgs = self.normalize(imgs)
-        ids_shuffle = shuffled_patches(self, imgs, noise)  # (B, L): kept, decoded, the others
+        ids_shuffle = self.shuffle_patches(imgs, noise)  # (B, L): kept, decoded, the others
         B, L = ids_shuffle.shape
         K = num_kept(L, mask_ratio)
         N = num_decoded(L, K, decoder_keep)

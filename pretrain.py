@@ -471,7 +471,7 @@ class ModelWithProbe(nn.Module):
 
 
 def check_scalars(scalars):
-    """Raises WeightsError where forward() gives what is no scalar, or has a name of the log."""
+    """Raises WeightsError if forward() gives a value that is no scalar, or a name of the log."""
     for name, value in scalars.items():
         if name in LOG_NAMES:
             raise WeightsError(f"forward() gives {name!r}, which is a name of the log: give it "
@@ -712,8 +712,9 @@ def check_trained_parameters(module, optimizer):
         raise WeightsError(
             f"{', '.join(lost)}: not trained, for the optimizer was made before they took "
             "gradients. Make them, and set requires_grad, in the module's __init__.")
+    unsaved = module.unsaved_prefixes()
     forgotten = [name for name, p in module.named_parameters()
-                 if id(p) in trained and name.startswith(module.unsaved_prefixes())]
+                 if id(p) in trained and name.startswith(unsaved)]
     if forgotten:
         raise WeightsError(
             f"{', '.join(forgotten)}: trained, but not saved (persistent = False): a resumed run "
@@ -1139,13 +1140,13 @@ def main(args):
         keep_scripts(folder / "scripts", first_step)
         board = SummaryWriter(folder, purge_step=first_step + 1)
     viz_every = args.viz_every if rank == 0 else 0
-    shown = val
-    if val is None:
-        shown = open_loader(args.data, 12, train=False, indices=indices[:12],
-                            res=args.input_size, num_workers=1, device=device, world_size=1)
     if viz_every and not model.predicts_pixels:
         print0("The targets are no pixels: there are no pictures of reconstructions.")
         viz_every = 0
+    shown = val
+    if viz_every and val is None:
+        shown = open_loader(args.data, 12, train=False, indices=indices[:12],
+                            res=args.input_size, num_workers=1, device=device, world_size=1)
     probe_every = max(1, args.epochs // 100)  # epochs; a hundred points of the curve cost little
     log_every = min(50, steps_per_epoch)
 

@@ -3,9 +3,11 @@
     python schedules.py                                              # the schemes and their FLOPs
     python schedules.py --tflops 434 --gpus 1 --epochs 800 --hours 24   # hours; what fits in 24
 
-It prints a line for each scheme. Then it prints the paper's equations 1 to 3 for each stage: the
-mean side of a crop as a share of the picture's, the size at which the whole picture would appear at
-the crop's zoom in pixels, and the mask ratio times the patch's share of the side. For example:
+It prints a line for each scheme. Then it prints the paper's equations 1 to 3 for each stage:
+    perceptual ratio          the mean side of a crop, as a share of the picture's side
+    apparent size             pixels that the whole picture would have, enlarged as the crop is
+    masked perceptual ratio   the mask ratio, times the patch's side, over the image's side
+The line of the lean scheme:
     lean    224 0.90  192 0.90  224 0.90     39.6 GFLOP an image,  0.68 x fixed
 """
 import argparse

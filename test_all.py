@@ -793,6 +793,7 @@ def test_build_unlabelled_and_names(tmp_path):
         assert json.loads((tmp_path / f"{path}.json").read_text())["classes"] is None
         assert loader.classes is None and (next(iter(loader))[1] == -1).all()
         assert list(loader.names) == expected and loader.names[-1] == expected[3]
+        assert loader.names[1:3] == expected[1:3] and loader.names[::-2] == expected[::-2]
         assert [loader.reader.heights[i] for i in range(4)] == [40, 41, 42, 43] or path[0] == "x"
         with pytest.raises(IndexError):
             loader.names[4]
@@ -2875,6 +2876,7 @@ def test_pretrain_features_as_targets_need_one_function(folder, tmp_path, monkey
         patch.setattr(models_mae, "TARGETS_ARE_PIXELS", False)
         patch.setattr(models_mae, "targets", lambda model, imgs, _: model.patchify(imgs).sin())
         assert fit(pretrain, folder, tmp_path / "sin", "--epochs", 1) == 0
+    assert not load_mae(tmp_path / "sin/last.pt").predicts_pixels  # the checkpoint tells it
     assert fit(pretrain, folder, tmp_path / "never", "--epochs", 1, "--viz-every", 0) == 0
     assert not list(tmp_path.glob("*/*.png"))
 
@@ -3956,6 +3958,7 @@ def test_linprobe_features_lead_back_to_pictures(folder, mae, tmp_path):
         with pytest.raises(DataError, match=f"{name}.npz exists"):
             train(linprobe, *words)
         arrays = np.load(path)
+        assert arrays["pool"] == "mean"
         pictures = [Path(data.parent / data.stem, name) for name in arrays["names"]]
         assert pictures == sorted((folder / "val").glob(f"{'*' if name == 'a' else 'dark'}/*.png"))
         assert arrays["labels"].tolist() == labels and arrays["samples"].tolist() == [
