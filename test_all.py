@@ -4563,6 +4563,38 @@ def test_extras_attention_maps_are_timms(folder, unbroken, tmp_path):
         run_extra("attention_maps.py", tmp_path / "x.png", folder / "val.beton")
 
 
+def test_extras_dense_knn_scores_patches(unbroken, capsys, monkeypatch):
+    """Shapes fill the areas of geometry. Tokens that tell the classes score 100, tokens that tell
+    nothing score ground's share and 0, and those of random weights are between."""
+    dense = runpy.run_path(EXTRAS / "dense_knn.py")
+    masks = torch.stack([dense["draw_scene"](seed, 64)[1] for seed in range(400)])
+    areas = [(masks == 1).sum().item(), (masks == 2).sum().item()]
+    mean_area = math.pi * (64 ** 2) * (0.155 ** 3 - 0.09 ** 3) / (3 * (0.155 - 0.09))  # of r^2
+    assert areas == pytest.approx([600 * mean_area] * 2, rel=0.06)
+
+    def draw_classes(seed, size, draw=dense["draw_scene"]):
+        mask = draw(seed, size)[1]
+        return 255 * F.one_hot(mask, 3).movedim(2, 0), mask
+
+    class_ious = dense["class_ious"]
+    monkeypatch.setitem(class_ious.__globals__, "draw_scene", draw_classes)
+    model = SimpleNamespace(settings={"img_size": 64}, patch_size=8)
+    model.tokens = lambda images: F.avg_pool2d(images.float(), 8)
+    assert class_ious(model, 50).min() > 0.97
+    model.tokens = lambda images: torch.ones(len(images), 3, 8, 8)
+    shares = F.avg_pool2d(F.one_hot(masks[50:100], 3).movedim(3, 1).float(), 8).numpy()
+    ground = (shares.argmax(axis=1) == 0).mean()
+    assert class_ious(model, 50).tolist() == pytest.approx([ground, 0, 0])
+    torch.manual_seed(0)
+    random_mae = models_mae.mae_vit_nano_patch8(img_size=64).eval()
+    ground, triangle, disc = class_ious(random_mae, 50).tolist()
+    assert 1 > ground > disc > 0.05 and ground > triangle > 0.05
+    # At 32 pixels no patch of 8 pixels is mostly of a shape
+    assert "ground 100.0, triangle nan, disc nan" in run_extra("dense_knn.py", unbroken / "last.pt")
+    with pytest.raises(SystemExit, match="absent.pt"):
+        run_extra("dense_knn.py", "absent.pt")
+
+
 def command_line(tmp_path, name, text):
     """A stand-in for a program: it records its words as a line of JSON in NAME.jsonl."""
     path = tmp_path / "bin" / name
