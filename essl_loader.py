@@ -5,14 +5,14 @@
     for images, labels in loader:   # uint8 (B, 3, 224, 224) in channels_last, int64 (B,)
         ...
 
-The file needs numpy, numba, torch and libturbojpeg (`pip install turbojpeg`, or Debian's
+The file needs Linux, numpy, numba, torch and libturbojpeg (`pip install turbojpeg`, or Debian's
 libturbojpeg0). The kernels compile once, in about 20 seconds; then numba's cache holds them.
 
 Users of the loader read the first part: the format, the reader, order and epochs, the loaders, the
 decoder as an operation of FFCV, and what a run checks. "BEHIND THE LOADERS" holds the threads, the
 worker processes, and which files of a folder are pictures. "THE KERNELS" make a batch: C library,
 vectors, random draws, JPEG, index, resize, and the loop of a thread. Importing the file compiles
-nothing and loads no library.
+nothing and does not load libturbojpeg.
 """
 import contextlib
 import ctypes
@@ -67,12 +67,12 @@ MODE_JPEG = 0  # an image's mode; the other one, 1, is raw RGB
 IMAGE = np.dtype([
     ("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOC = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-SAMPLE = np.dtype({  # image and label, aligned as a C compiler aligns them
+SAMPLE = np.dtype({  # an IMAGE, and the label at the next multiple of 8
     "names": ["mode", "width", "height", "data_ptr", "label"],
     "formats": ["<u1", "<u2", "<u2", "<u8", "<i8"], "offsets": [0, 1, 3, 5, 16], "itemsize": 24})
-FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # type ids that this reader knows
-MAX_PIXELS_PER_BYTE = 1024  # of a JPEG: each block of 8x8 pixels takes a bit or more
-MAX_CLASSES = 100_000  # a larger label is a number of something else
+FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # float, integer, image
+MAX_PIXELS_PER_BYTE = 1024  # a JPEG's 8x8 pixels take a bit or more: 512 a byte; twice that
+MAX_CLASSES = 100_000  # a larger label is probably an id, not a class
 LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "class_label", "class_name",
                "classname", "fine_label", "target", "category", "species", "breed",
                "predictionstring")  # of columns and JSON keys that hold labels, in this order
@@ -80,7 +80,7 @@ LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "class_label", "cl
 # build_beton.py puts an index of entry points behind each JPEG: | JPEG | entries | TRAILER |.
 # FFCV and libjpeg-turbo ignore what follows a JPEG's end. The section "index" describes an entry.
 TRAILER = np.dtype([
-    ("checksum", "<u8"),  # of the JPEG's tables and the entries; it is compared at each read
+    ("checksum", "<u8"),  # of the JPEG's headers and the entries; compared at each read
     ("index_size", "<u4"),  # bytes of the entries; 0: there is no index
     ("crc32", "<u4"),  # of all bytes before it; `build_beton.py --verify` compares it
     ("format", "S8")])
@@ -144,7 +144,7 @@ def names_of(path: str | Path) -> Path:
 def one_name(name):
     """A class's name in Unicode's form NFC: macOS writes e and its accent as two characters.
 
-    What is no text, such as None, stays as it is.
+    Anything but text, such as None, is returned unchanged.
     """
     if isinstance(name, str):
         return unicodedata.normalize("NFC", name)
@@ -153,7 +153,7 @@ def one_name(name):
 
 # --- one sample's bytes
 # Codes that kernels return, and what they mean to a person
-OK, SHORT_READ, BROKEN, OTHER_SIZE, OTHER_KIND = range(5)  # OTHER_KIND: libjpeg-turbo decides
+OK, SHORT_READ, BROKEN, OTHER_SIZE, OTHER_KIND = range(5)  # OTHER_KIND: libjpeg-turbo decodes it
 REASONS = {
     SHORT_READ: "it cannot be read: the file ends inside it, or the disk fails",
     BROKEN: "its JPEG data, or their index, are damaged",
@@ -168,7 +168,7 @@ def add_index(jpeg: bytes, width: int, height: int) -> tuple[bytes, bool]:
     """
     bind()
     most_units = -(-width // (16 * UNIT_WIDTH)) * -(-height // 8)
-    entries = np.zeros(most_units + 2, np.int64)  # one ends the last unit, then their checksum
+    entries = np.zeros(most_units + 2, np.int64)  # + the last unit's end, + the checksum
     stored = np.frombuffer(jpeg, np.uint8)
     with kernel_cache(index_jpeg, COMPILING):
         memory, scratch = make_scratch(np.array([len(jpeg)]), np.array([width]),
@@ -177,7 +177,7 @@ def add_index(jpeg: bytes, width: int, height: int) -> tuple[bytes, bool]:
                                 entries.ctypes.data, scratch)
     trailer = np.zeros((), TRAILER)
     if index_size > 0:
-        trailer["checksum"] = entries[index_size // 8].view(np.uint64)
+        trailer["checksum"] = entries[index_size // 8].view(np.uint64)  # it is behind the entries
     trailer["index_size"] = index_size
     trailer["format"] = INDEX_FORMAT
     sample = jpeg + entries.tobytes()[:index_size] + trailer.tobytes()
@@ -279,7 +279,7 @@ class BetonReader:
         self.path = Path(path)
         if not self.path.is_file():
             if self.path.suffix != ".beton":
-                raise DataError(f"{path}: neither a .beton file nor a folder of pictures is there.")
+                raise DataError(f"{path}: not found. Give a .beton file, or a folder of pictures.")
             raise DataError(f"{path}: no such file. Build it: `python build_beton.py --data-dir "
                             f"PICTURES --out {shlex.quote(str(path))}`, or draw a small one, "
                             "data/demo_train.beton: `python build_beton.py --demo`.")
@@ -369,7 +369,9 @@ class BetonReader:
         fields = self._table(FIELD, num_fields, HEADER.itemsize)
         kinds = fields["type_id"].tolist()
         if kinds.count(2) != 1 or not set(kinds) <= set(FIELD_TYPES):
-            raise self._error(f"its fields have the types {kinds}, not one picture (2) and labels")
+            raise DataError(f"{self.path}: its fields have FFCV's types {kinds}: expected one image "
+                            "(2) and, beside it, floats (0) and integers (1) alone. Write the file "
+                            "again without the other fields.")
         columns = [(f"f{i}", FIELD_TYPES[kind]) for i, kind in enumerate(kinds)]
         start = HEADER.itemsize + fields.nbytes
         samples = self._table(np.dtype(columns, align=True), self.num_samples, start)
@@ -477,7 +479,7 @@ class BetonReader:
 
 # --- order, epochs and stages: what both loaders share
 INTERPOLATIONS = ("bicubic", "bilinear")
-AHEAD = 3  # batches that threads or processes fill before they are asked for
+AHEAD = 3  # batches that are filled: ESSLLoader's with the one asked for; each process's else
 
 
 def usable_cores() -> int:
@@ -506,21 +508,22 @@ class EpochLoader(contextlib.AbstractContextManager):
         batch_size: images in a batch of this process
         train: random crops and flips in random order; else the centre of each picture, in order
         res: side of the images, in pixels
-        scale, ratio: limits of a random crop's area, as a share of the picture, and of its aspect
+        scale: limits of a random crop's area, as a share of the picture's
+        ratio: limits of a random crop's width / height
         hflip: probability of a flip in training
         crop_ratio: side of the central square in evaluation, as a share of the short side
         interpolation: "bicubic", MAE's recipe, or "bilinear"; antialiased as in Pillow
         num_workers: threads of ESSLLoader, processes of FolderLoader; 0: all usable cores
         seed: another seed gives other orders, crops and flips
-        rank, world_size: which share of the samples this process reads, of how many. None stands
-            for 1, and warns where there are several processes
+        rank, world_size: this process reads every world_size-th sample, from number rank on. None
+            stands for 1, and warns where torch.distributed or torchrun has more processes
         drop_last: whether a last batch that is not full is left out; None: in training only
         device: where the batches go
         indices: the samples of an epoch; None: all. See set_indices
-        order: "random", or "pages" for files larger than memory
+        order: "random", or "pages" for files larger than memory: it shuffles within 512 MB
         views: crops of each sample; more than 1 in training only
-        return_index: whether a batch also has its samples' numbers, int64 (B,)
-        transform: a function; the two loaders say of what
+        return_index: whether a batch also has its samples' numbers in the file, int64 (B,)
+        transform: ESSLLoader's takes a batch of images, FolderLoader's a Pillow picture
     data: what the subclass has opened: labels, classes, names, excluded and checksum.
     Raises ValueError for an argument.
     """
@@ -544,10 +547,15 @@ class EpochLoader(contextlib.AbstractContextManager):
         check_argument("order", order, order in ("random", "pages"), "'random' or 'pages'")
         check_argument("interpolation", interpolation, interpolation in INTERPOLATIONS,
                        INTERPOLATIONS)
-        check_argument("rank", rank, 0 <= rank < world_size, f"less than {world_size}")
+        check_argument("rank", rank, 0 <= rank < world_size,
+                       f"0 to {world_size - 1}, because world_size is {world_size}")
         check_argument("batch_size", batch_size, batch_size >= 1, "at least 1")
         check_argument("num_workers", num_workers, num_workers >= 0, "at least 0")
-        check_argument("views", views, views == 1 or views > 1 and train, "1 where train=False")
+        check_argument("views", views, views >= 1, "at least 1")
+        check_argument("views", views, train or views == 1, "1, because train=False has one crop")
+        check_argument("ratio", ratio, 0 < ratio[0] <= ratio[1], "0 < low <= high")
+        check_argument("hflip", hflip, 0 <= hflip <= 1, "from 0 to 1")
+        check_argument("seed", seed, seed >= 0, "at least 0")
         check_argument("crop_ratio", crop_ratio, 0 < crop_ratio <= 1, "above 0, at most 1")
         self.path = path
         self.batch_size = batch_size
@@ -589,18 +597,21 @@ class EpochLoader(contextlib.AbstractContextManager):
         self.set_indices(indices)
 
     def set_indices(self, indices: np.ndarray | list[int]):
-        """Sets the samples of an epoch, from the next epoch on; their order where train=False.
+        """Sets the samples from the next epoch on; train=False takes them in this order.
 
         A sample may be there several times, and gets another crop each time: for class-balanced
-        epochs or hard examples. All ranks give the same list. Raises ValueError for what is no list
-        of samples.
+        epochs or hard examples. Give all ranks the same list, in the same order. Raises ValueError
+        for what is no list of samples.
         """
         total = len(self.labels)
         array = np.asarray(indices)
         is_list = array.dtype.kind in "iu" and array.ndim == 1 and array.size > 0
         if not is_list or array.min() < 0 or array.max() >= total:
-            raise ValueError(f"{self.path}: indices of type {array.dtype} and shape {array.shape}: "
-                             "expected a list of samples, whole numbers from 0 to "
+            limits = ""
+            if is_list:
+                limits = f", from {array.min()} to {array.max()}"
+            raise ValueError(f"{self.path}: indices of type {array.dtype} and shape {array.shape}"
+                             f"{limits}: expected a list of samples, whole numbers from 0 to "
                              f"{total - 1}. Of a mask take np.flatnonzero(mask).")
         self._indices = array.astype(np.int64)
         self._indices.flags.writeable = False  # the loader would not see a change in place
@@ -621,23 +632,30 @@ class EpochLoader(contextlib.AbstractContextManager):
             self.scale = (float(scale[0]), float(scale[1]))
 
     def set_epoch(self, epoch: int):
-        """Makes the next iteration this epoch, from its start. Else iterations count up from 0."""
+        """The next iteration is this epoch, from its start. Without a call they are 0, 1, 2, ..."""
         self.epoch = int(epoch)
         self.batch = 0
         self._started = False
 
     def state_dict(self) -> dict:
         """Where the iteration stands, in samples of all ranks, so that another number of ranks can
-        go on from it.
+        go on from it, and the stage of this epoch.
         """
-        indices = self._epoch_indices if self._started else self.indices
+        indices = self.indices
+        res, scale = self.res, self.scale
+        if self._started:  # what was set since the epoch began counts from the next one on
+            indices = self._epoch_indices
+            res, scale = self._epoch_stage
         return {"epoch": self.epoch, "samples": self.batch * self.batch_size * self.world_size,
                 "seed": self.seed, "num_samples": len(indices), "order": self.order,
-                "indices": hashlib.sha1(indices).hexdigest(),
-                "res": self.res, "scale": list(self.scale)}
+                "indices": hashlib.sha1(indices).hexdigest(), "res": res, "scale": list(scale)}
 
     def load_state_dict(self, state: dict):
-        """Goes on with exactly the next batch. Raises ValueError if data or batches differ."""
+        """Goes on with exactly the next batch, in the state's stage.
+
+        Raises ValueError if seed, order, indices or batches differ. The content of the file is not
+        compared: keep `checksum` beside the state, as pretrain.py does.
+        """
         for key, ours in (("seed", self.seed), ("order", self.order)):
             if state[key] != ours:
                 raise ValueError(f"{self.path}: the state has {key} {state[key]}, this loader "
@@ -674,6 +692,7 @@ class EpochLoader(contextlib.AbstractContextManager):
             self.set_epoch(self.epoch + 1)
         self._started = True
         self._epoch_indices = self.indices
+        self._epoch_stage = (self.res, self.scale)
         batches = self._host_batches(self._positions(), self.batch)
         if self._stream:
             batches = self._to_device(batches)
@@ -696,7 +715,7 @@ class EpochLoader(contextlib.AbstractContextManager):
     def _positions(self):
         """Positions in `indices` that this rank reads in self.epoch, in order.
 
-        The ranks' positions, taken in turn, are the order of all.
+        Rank r takes positions r, r + world_size, r + 2 * world_size, ... of the order of all.
         """
         positions = np.arange(len(self.indices))
         if self.train:
@@ -711,7 +730,7 @@ class EpochLoader(contextlib.AbstractContextManager):
         return rng.permutation(len(self.indices))
 
     def _to_device(self, batches):
-        """Copies one batch ahead, on the side stream, so that training never waits for a copy."""
+        """Copies the next batch on a side stream, while the model trains on this one."""
         copies = []  # under way, each with the pinned batch that it reads
         for batch in batches:
             images, labels, samples = batch
@@ -725,7 +744,7 @@ class EpochLoader(contextlib.AbstractContextManager):
             yield self._receive(*copy)
 
     def _receive(self, tensors, batch, copied):
-        copied.synchronize()  # it was done long ago; `batch` kept its pinned buffer until here
+        copied.synchronize()  # usually it is; until here `batch` kept its pinned buffer from reuse
         for tensor in tensors:
             tensor.record_stream(torch.cuda.current_stream(self.device))
         if not self.return_index:
@@ -766,6 +785,10 @@ class EpochLoader(contextlib.AbstractContextManager):
         """What pickle keeps: the arguments, and where the iteration stands."""
         if self.closed:
             raise RuntimeError(f"{self.path}: this loader is closed, it cannot be pickled.")
+        if self._started and (self._epoch_indices is not self.indices
+                              or self._epoch_stage != (self.res, self.scale)):
+            raise RuntimeError(f"{self.path}: set_indices() or set_stage() was called within an "
+                               "epoch. Pickle the loader before that, or after the epoch.")
         arguments = {name: getattr(self, name) for name in ARGUMENTS}
         if self._warn_of_ranks:
             arguments["world_size"] = None
@@ -789,8 +812,8 @@ class EpochLoader(contextlib.AbstractContextManager):
         self.close()
 
 
-# A loader's arguments are EpochLoader's without `data`. __getstate__ reads each as an attribute,
-# and help() shows them for the two loaders.
+# The arguments of both loaders, for help(). Each must be an attribute of the same name: pickling
+# reads it.
 PARAMETERS = list(inspect.signature(EpochLoader).parameters.values())[1:]
 SIGNATURE = inspect.Signature(PARAMETERS)
 ARGUMENTS = [parameter.name for parameter in PARAMETERS]
@@ -808,12 +831,13 @@ class ESSLLoader(EpochLoader):
     Training takes RandomResizedCrop(scale, ratio), and a flip with probability hflip. Evaluation
     takes the central square of crop_ratio of the short side. With views=V a batch has V crops of
     each sample: (V, B, 3, res, res).
-    Bytes depend on (seed, epoch, indices) and the stage alone, not on num_workers. Evaluation
-    visits each sample once over all ranks. Training leaves out the samples that do not fill all
-    ranks, and the last batch if it is not full.
+    Crops and flips depend only on (seed, epoch, position in indices) and the stage, and the order
+    on (seed, epoch): not on num_workers. Evaluation visits each sample once over all ranks, so a
+    rank may have one batch more than another. Training leaves out the samples that do not fill all
+    ranks, and the last batch if it is not full. A loop that is left early ends its epoch.
     transform: a function of a whole batch of images; its result takes their place. It is called on
     the device, in evaluation too.
-    On a CUDA device, five batches lie in pinned memory; each takes the next power of two of bytes.
+    On a CUDA device, four batches lie in pinned memory; each takes the next power of two of bytes.
     A loader can be pickled: the copy opens the file again.
     Raises ValueError for an argument and DataError for the file; both say what to do.
     """
@@ -864,13 +888,13 @@ class ESSLLoader(EpochLoader):
 
 # --- loader over a folder of pictures
 class FolderLoader(EpochLoader):
-    """The same batches from a folder of pictures, by Pillow and torch's DataLoader.
+    """Batches of the same shapes from a folder of pictures, by Pillow and torch's DataLoader.
 
         FolderLoader(path, batch_size, train=True, ...); EpochLoader lists the arguments.
 
     The folder holds class folders, or is a flat folder of pictures, whose labels are -1; see
-    list_folder and folder_classes. What is not taken is printed once. For the same seed, order and
-    relative boxes are ESSLLoader's; order="pages" is "random" here.
+    list_folder and folder_classes. What is not taken is printed once. The same seed gives
+    ESSLLoader's order, and its crops as shares of the picture; order="pages" is "random" here.
     transform: a function of the Pillow picture, after its crop and flip, in training only (RandAug
     for Table 6).
     Raises ValueError for an argument, and DataError for the folder or a picture.
@@ -1007,7 +1031,7 @@ class PictureFolder:
 
 
 def open_loader(path: str | Path, batch_size: int, train: bool = True, **arguments):
-    """Opens an ESSLLoader for a file, or a FolderLoader for a folder, with the same arguments."""
+    """Opens an ESSLLoader for a file, or a FolderLoader for a folder. Their transforms differ."""
     loader = FolderLoader if Path(path).is_dir() else ESSLLoader
     return loader(path, batch_size, train, **arguments)
 
@@ -1017,12 +1041,13 @@ def ffcv_decoder(output_size: tuple[int, int] = (224, 224),
                  scale: tuple[float, float] = (0.2, 1.0),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3),
                  interpolation: str = "bicubic", seed: int = 0):
-    """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder: the paper's ESSL.
+    """An FFCV Operation for the place of RandomResizedCropRGBImageDecoder.
 
     It decodes only the crop, to uint8 (B, res, res, 3). Pipelines are as in FFCV's documentation,
     for example {"image": [ffcv_decoder(), RandomHorizontalFlip(), ToTensor(), ...]}. A crop is a
-    function of (seed, number of the batch, sample). The name of a damaged sample is printed to
-    stderr, and the program is interrupted (KeyboardInterrupt).
+    function of (seed, number of the batch, sample). Batches count from 0 in each process, so give a
+    resumed run another seed. The number of a damaged sample is printed to stderr, and the program
+    is interrupted (KeyboardInterrupt).
     Raises ValueError for an argument.
     """
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -1126,7 +1151,7 @@ def check_classes(train, val):
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         differ = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
         raise DataError(f"{val.path} has other classes than {train.path}: they differ in "
-                        f"{', '.join(differ[:4])}.")
+                        f"{', '.join(differ[:4])}. Build it with --classes TRAIN.beton.")
     check_labels(val, int(train.labels.max()) + 1)
 
 
@@ -1141,7 +1166,8 @@ READ_PIECE = 1 << 20  # bytes of one request to read ahead: of a larger one, Lin
 class Epoch:
     """The threads that fill one epoch's batches.
 
-    An image costs no lock, no Python and no allocation. A batch costs a lock and a wake-up.
+    An image costs no lock and no Python, and no allocation unless libjpeg-turbo decodes it. A batch
+    costs a lock and a wake-up.
     """
 
     def __init__(self, loader, positions, start):
@@ -2917,7 +2943,7 @@ def decode_planes(stored, box, scratch):
 # rows; one more entry says where the last unit ends. An entry is one int64:
 #
 #     bits 63-36                          | 35-24        | 23-12        | 11-0
-#     where it begins: a bit of the file, | predictor of | predictor of | predictor of
+#     where it begins: a bit of the JPEG, | predictor of | predictor of | predictor of
 #     in a byte that is no stuffed zero   | Cr           | Cb           | Y
 #
 # A predictor is the DC coefficient before, in two's complement. A unit must end where the next one

@@ -72,7 +72,7 @@ def get_args(argv):
         help="3aug: the scheme's augmentation; rand: RandAug")
     add("--epochs", type=int, default=FINETUNE["epochs"], help="passes over the data")
     add("--warmup-epochs", type=float, default=FINETUNE["warmup_epochs"],
-        help="epochs in which the learning rate rises from 0")
+        help="epochs in which the learning rate rises from 0; at most a quarter of --epochs")
     add("--drop-path", type=float, default=0.1, help="stochastic depth at the last block")
     add("--blr", type=float, default=FINETUNE["blr"], help="learning rate for 256 images a step")
     add("--layer-decay", type=float, default=FINETUNE["layer_decay"],
@@ -97,7 +97,7 @@ def get_args(argv):
     add("--num-workers", type=int, default=0,
         help="loader threads per process; 0: all cores that the process may use")
     add("--order", default="random", choices=("random", "pages"),
-        help="pages: for files that are larger than the memory")
+        help="pages: shuffle within 512 MB, for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
     add("--benchmark", type=int, default=0, metavar="N", help="only time augmentation, N batches")
     args = parse_flags(p, argv)
@@ -111,7 +111,12 @@ def get_args(argv):
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the flags' defaults, and the docstring as it is written."""
+    """--help shows the docstring as it is written, and the defaults that the texts do not name."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_flags(parser, argv):

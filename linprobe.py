@@ -71,7 +71,7 @@ def get_args(argv):
         help="resolution in pixels; the default is the checkpoint's, else 224")
     add("--epochs", type=int, default=90, help="passes over the data")
     add("--warmup-epochs", type=float, default=10,
-        help="epochs in which the learning rate rises from 0")
+        help="epochs in which the learning rate rises from 0; at most a quarter of --epochs")
     add("--blr", type=float, default=0.1, help="learning rate for 256 images a step")
     add("--weight-decay", type=float, default=0.0, help="weight decay; the bias has none")
     add("--total-batch", type=int, default=16384, help="pictures in a step, over all GPUs")
@@ -86,7 +86,7 @@ def get_args(argv):
     add("--num-workers", type=int, default=0,
         help="loader threads per process; 0: all cores that the process may use")
     add("--order", default="random", choices=("random", "pages"),
-        help="pages: for files that are larger than the memory")
+        help="pages: shuffle within 512 MB, for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
     args = parse_flags(p, argv)
     if args.features and args.features.suffix != ".npz":
@@ -96,7 +96,12 @@ def get_args(argv):
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the flags' defaults, and the docstring as it is written."""
+    """--help shows the docstring as it is written, and the defaults that the texts do not name."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_flags(parser, argv):

@@ -93,7 +93,7 @@ def get_args(argv):
         help="masks of each loaded picture in a step; with 2 an epoch costs twice as much")
     add("--epochs", type=int, default=PRETRAIN["epochs"], help="passes over the data")
     add("--warmup-epochs", type=float, default=PRETRAIN["warmup_epochs"],
-        help="epochs in which the learning rate rises from 0")
+        help="epochs in which the learning rate rises from 0; at most a quarter of --epochs")
     add("--blr", type=float, default=PRETRAIN["blr"], help="learning rate for 256 images a step")
     add("--weight-decay", type=float, default=PRETRAIN["weight_decay"],
         help="weight decay; biases and norms have none")
@@ -116,7 +116,7 @@ def get_args(argv):
     add("--num-workers", type=int, default=0,
         help="loader threads per process; 0: all cores that the process may use")
     add("--order", default="random", choices=("random", "pages"),
-        help="pages: for files that are larger than the memory")
+        help="pages: shuffle within 512 MB, for files that are larger than the memory")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints")
     add("--viz-every", type=int, default=20, help="epochs between reconstructions; 0: never")
     add("--max-steps", type=int, default=0, help="save and stop after this step; 0: never")
@@ -144,7 +144,12 @@ def get_args(argv):
 
 # --- setup: the same text in pretrain.py, finetune.py and linprobe.py
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the flags' defaults, and the docstring as it is written."""
+    """--help shows the docstring as it is written, and the defaults that the texts do not name."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_flags(parser, argv):

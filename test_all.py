@@ -1279,6 +1279,11 @@ def test_loader_same_bytes_for_any_threads_and_after_resume(beton):
     first = loader(2)
     for _ in itertools.islice(first, 3):
         state = json.loads(json.dumps(first.state_dict()))
+    first = loader(2)
+    batches = iter(first)
+    list(itertools.islice(batches, 3))
+    first.set_stage(res=48, scale=(0.5, 1.0))  # for the next epoch: the state is of this one
+    assert first.state_dict() == state
     resumed = loader(3)
     resumed.load_state_dict(state)
     assert epochs_of(resumed) == expected[3:]
@@ -1648,9 +1653,13 @@ def test_loader_is_pickled_with_its_place(folder, tmp_path, name):
     loader.set_epoch(0)
     batches = iter(loader)
     next(batches)
-    loader.set_indices([1, 2] * 30)  # for the next epoch: a copy cannot be of both
-    with pytest.raises(ValueError, match="set_indices"):
-        pickle.loads(pickle.dumps(loader))
+    loader.set_stage(res=16)  # for the next epoch: a copy cannot be of both
+    with pytest.raises(RuntimeError, match="set_stage"):
+        pickle.dumps(loader)
+    loader.set_stage(res=24)
+    loader.set_indices([1, 2] * 30)
+    with pytest.raises(RuntimeError, match="set_indices"):
+        pickle.dumps(loader)
     batches.close()
     again.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -1746,6 +1755,16 @@ def test_loader_indices_are_checked_when_set(beton):
     train.indices = [5]
     with pytest.raises(DataError, match="do not fill one batch"):
         list(train)
+
+
+@pytest.mark.parametrize("argument, remedy", [
+    (dict(ratio=(0, 1)), "0 < low"), (dict(ratio=(2, 1)), "0 < low"), (dict(hflip=7), "0 to 1"),
+    (dict(seed=-1), "at least 0"), (dict(views=0), "at least 1"), (dict(rank=1), "world_size is 1"),
+    (dict(views=2, train=False), "train=False"), (dict(scale=(0.5, 2)), "high <= 1")])
+def test_loader_names_an_argument_that_is_wrong(beton, argument, remedy):
+    """When the loader is made, not in its first epoch."""
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}=.*{remedy}"):
+        ESSLLoader(beton, 4, **argument)
 
 
 @pytest.mark.parametrize("name", ["train", "train.beton"])
