@@ -369,8 +369,8 @@ class BetonReader:
         fields = self._table(FIELD, num_fields, HEADER.itemsize)
         kinds = fields["type_id"].tolist()
         if kinds.count(2) != 1 or not set(kinds) <= set(FIELD_TYPES):
-            raise DataError(f"{self.path}: its fields have FFCV's types {kinds}: expected one image "
-                            "(2) and, beside it, floats (0) and integers (1) alone. Write the file "
+            raise DataError(f"{self.path}: its fields have FFCV's types {kinds}: expected one "
+                            "image (2), and else floats (0) and integers (1) alone. Write the file "
                             "again without the other fields.")
         columns = [(f"f{i}", FIELD_TYPES[kind]) for i, kind in enumerate(kinds)]
         start = HEADER.itemsize + fields.nbytes
@@ -1625,7 +1625,7 @@ def bind():
     """
     wheel = [str(path) for folder in sys.path
              for path in Path(folder).glob("turbojpeg.libs/libturbojpeg*")]
-    for path in wheel + ["libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"]:
+    for path in wheel + ["libturbojpeg.so.0", "libturbojpeg.so"]:
         with contextlib.suppress(OSError):
             lib = ctypes.CDLL(path)
             break

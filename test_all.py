@@ -4420,6 +4420,16 @@ def test_runs_save_by_the_clock_within_an_epoch(folder, mae, tmp_path, monkeypat
 
 
 # --- all files
+@pytest.mark.parametrize("script", [pretrain, finetune, linprobe])
+def test_scripts_help_names_each_default_once(script, capsys):
+    """A flag whose text tells its default has no second one beside it; None is no default."""
+    with pytest.raises(SystemExit):
+        script.get_args(["--help"])
+    flags = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\noptions:\n")[2])
+    assert "(default: 0)" in next(flag for flag in flags if flag.startswith("--seed"))
+    assert not [flag for flag in flags if "default: None" in flag or flag.count("default") > 1]
+
+
 def test_scripts_share_the_setup_block():
     """One set-up block in three scripts; nothing over 100 columns; no script imports another."""
     blocks = set()
