@@ -479,7 +479,7 @@ class BetonReader:
 
 # --- order, epochs and stages: what both loaders share
 INTERPOLATIONS = ("bicubic", "bilinear")
-AHEAD = 3  # batches that are filled: ESSLLoader's with the one asked for; each process's else
+AHEAD = 3  # batches that are filled, with the one asked for; in FolderLoader of each process
 
 
 def usable_cores() -> int:
@@ -744,7 +744,7 @@ class EpochLoader(contextlib.AbstractContextManager):
             yield self._receive(*copy)
 
     def _receive(self, tensors, batch, copied):
-        copied.synchronize()  # usually it is; until here `batch` kept its pinned buffer from reuse
+        copied.synchronize()  # usually done; until here `batch` kept its pinned buffer from reuse
         for tensor in tensors:
             tensor.record_stream(torch.cuda.current_stream(self.device))
         if not self.return_index:
