@@ -4026,17 +4026,20 @@ def test_linprobe_measures_what_it_is_given(folder, mae, tmp_path, capsys):
 
 
 # --- bench_loader
-def bench(tmp_path, *words):
-    """The JSON of a run of bench_loader.py with tiny passes."""
-    run("bench_loader.py", *words, "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png",
+@pytest.fixture(scope="module")
+def bench_folder(folder, tmp_path_factory):
+    """b.json and the plots of a run of bench_loader.py with tiny passes, without scaling."""
+    root = tmp_path_factory.mktemp("bench")
+    run("bench_loader.py", "--data", folder / "train.beton", "--data_dir", folder / "train",
+        "--only", "alternatives", "decomposition", "compression", "pixels",
+        "--json", root / "b.json", "--plot", root / "b.png",
         "--img-s", 1000, "--images", 48, "--batch-size", 16, "--passes", 2, "--res", 48)
-    return json.loads((tmp_path / "b.json").read_text())
+    return root
 
 
-def test_bench_measures_each_alternative_or_names_it(folder, tmp_path):
+def test_bench_measures_each_alternative_or_names_it(bench_folder):
     """Each alternative is a row or is left out by name; rates are of all rounds."""
-    data = bench(tmp_path, "--data", folder / "train.beton", "--data_dir", folder / "train",
-                 "--only", "alternatives")
+    data = json.loads((bench_folder / "b.json").read_text())
     rows = {row["name"]: row for row in data["alternatives"]}
     left_out = " ".join(data["left_out"])
     for alternative in bench_loader.ALTERNATIVES:
@@ -4053,19 +4056,18 @@ def test_bench_measures_each_alternative_or_names_it(folder, tmp_path):
             assert row["x FFCV"] == pytest.approx(np.median(ratios))
     assert data["hardware"]["cpu"] and data["hardware"]["cpu_flags"]
     assert torch.__version__.startswith(data["versions"]["torch"]) and data["date"]
-    assert (tmp_path / "b.png").exists()
+    assert (bench_folder / "b.png").exists()
 
 
-def test_bench_measures_the_other_sections(folder, tmp_path):
+def test_bench_measures_the_other_sections(bench_folder):
     """Steps, compression, pixels: better quality is larger, and pictures differ little."""
-    data = bench(tmp_path, "--data", folder / "train.beton", "--data_dir", folder / "train",
-                 "--only", "decomposition", "compression", "pixels")
+    data = json.loads((bench_folder / "b.json").read_text())
     steps = [row["step"] for row in data["decomposition"] if row["loader"] == "ESSL"]
     assert steps == list(bench_loader.STEPS)
     size = {row["name"]: row["bytes_an_image"] for row in data["compression"]}
     assert size["500_100"] > size["500_95"] > size["500_90"]
     assert all(0 < row["mean_difference"] < 0.05 for row in data["pixels"])
-    assert (tmp_path / "b_pixels.png").exists()
+    assert (bench_folder / "b_pixels.png").exists()
 
 
 def test_bench_leaves_out_by_name(beton, folder, tmp_path, monkeypatch):
