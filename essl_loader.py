@@ -177,7 +177,7 @@ def add_index(jpeg: bytes, width: int, height: int) -> tuple[bytes, bool]:
                                 entries.ctypes.data, scratch)
     trailer = np.zeros((), TRAILER)
     if index_size > 0:
-        trailer["checksum"] = entries[index_size // 8].view(np.uint64)  # it is behind the entries
+        trailer["checksum"] = entries[index_size // 8].view(np.uint64)  # behind the entries
     trailer["index_size"] = index_size
     trailer["format"] = INDEX_FORMAT
     sample = jpeg + entries.tobytes()[:index_size] + trailer.tobytes()
@@ -479,7 +479,7 @@ class BetonReader:
 
 # --- order, epochs and stages: what both loaders share
 INTERPOLATIONS = ("bicubic", "bilinear")
-AHEAD = 3  # batches that are filled, with the one asked for; in FolderLoader of each process
+AHEAD = 3  # batches being filled, with the one that is asked for; FolderLoader: of each process
 
 
 def usable_cores() -> int:
@@ -632,7 +632,7 @@ class EpochLoader(contextlib.AbstractContextManager):
             self.scale = (float(scale[0]), float(scale[1]))
 
     def set_epoch(self, epoch: int):
-        """The next iteration is this epoch, from its start. Without a call they are 0, 1, 2, ..."""
+        """The next iteration is this epoch, from its start. Without calls they count from 0."""
         self.epoch = int(epoch)
         self.batch = 0
         self._started = False
@@ -788,7 +788,7 @@ class EpochLoader(contextlib.AbstractContextManager):
         if self._started and (self._epoch_indices is not self.indices
                               or self._epoch_stage != (self.res, self.scale)):
             raise RuntimeError(f"{self.path}: set_indices() or set_stage() was called within an "
-                               "epoch. Pickle the loader before that, or after the epoch.")
+                               "epoch. Pickle the loader before that, or after set_epoch().")
         arguments = {name: getattr(self, name) for name in ARGUMENTS}
         if self._warn_of_ranks:
             arguments["world_size"] = None
@@ -834,7 +834,8 @@ class ESSLLoader(EpochLoader):
     Crops and flips depend only on (seed, epoch, position in indices) and the stage, and the order
     on (seed, epoch): not on num_workers. Evaluation visits each sample once over all ranks, so a
     rank may have one batch more than another. Training leaves out the samples that do not fill all
-    ranks, and the last batch if it is not full. A loop that is left early ends its epoch.
+    ranks, and the last batch if it is not full. After a loop that is left early, the next one is
+    the next epoch.
     transform: a function of a whole batch of images; its result takes their place. It is called on
     the device, in evaluation too.
     On a CUDA device, four batches lie in pinned memory; each takes the next power of two of bytes.

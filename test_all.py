@@ -1857,6 +1857,14 @@ def test_loader_says_what_is_wrong_with_labels(tmp_path):
     data[second] = 0  # the field's type: float64
     (tmp_path / "float.beton").write_bytes(data)
     assert BetonReader(tmp_path / "float.beton").labels.tolist() == [-1] * 3
+    data[second] = 4  # FFCV's NDArray
+    (tmp_path / "array.beton").write_bytes(data)
+    with pytest.raises(DataError, match=r"array.beton.*\[2, 4\].*without the other fields"):
+        BetonReader(tmp_path / "array.beton")
+    other = labelled("other.beton", 0, 1)
+    good.classes, other.classes = ["cat", "dog"], ["cat", "cow"]
+    with pytest.raises(DataError, match="other.beton.*cow, dog.*--classes"):
+        essl_loader.check_classes(good, other)
 
 
 def test_loader_pages_order_reads_windows(tmp_path, monkeypatch):
@@ -4594,7 +4602,7 @@ def test_extras_attention_maps_are_timms(folder, unbroken, tmp_path):
         run_extra("attention_maps.py", tmp_path / "x.png", folder / "val.beton")
 
 
-def test_extras_dense_knn_scores_patches(unbroken, capsys, monkeypatch):
+def test_extras_dense_knn_scores_patches(unbroken, monkeypatch):
     """Shapes fill the areas of geometry. Tokens that tell the classes score 100, tokens that tell
     nothing score ground's share and 0, and those of random weights are between."""
     dense = runpy.run_path(EXTRAS / "dense_knn.py")
